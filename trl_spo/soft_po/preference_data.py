@@ -1,0 +1,262 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Preference data of Soft PO: pairs as in TRL, and lists of completions with a best one, a ranking or scores."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .._compat import DataCollatorForPreference, _tokenize, common_prefix_length, is_conversational, pad
+
+
+logger = get_logger(__name__)
+
+# The column that says how a list's completions compare
+_ORDERS = ("best", "ranking", "scores")
+
+
+def columns_of(dataset: Dataset | IterableDataset, name: str) -> set[str]:
+    """Columns of the first row. Raises a `ValueError` if there is none."""
+    for example in dataset:
+        return set(example)
+    raise ValueError(f"The {name} dataset is empty. Pass a dataset with at least one row.")
+
+
+def _is_empty(completion: str | list[dict]) -> bool:
+    if isinstance(completion, str):
+        return completion == ""
+    return not any(message.get("content") or message.get("tool_calls") for message in completion)
+
+
+def _check_pair(example: dict[str, Any]) -> str | None:
+    for column in ("chosen", "rejected"):
+        if _is_empty(example[column]):
+            return f"its `{column}` is empty. Remove the row, or fill in the response"
+    return None
+
+
+def _check_list(example: dict[str, Any]) -> str | None:
+    completions = example["completions"]
+    n = len(completions)
+    if n < 2:
+        return f"it has {n} completions. A list needs at least two to compare: remove the row"
+    if any(_is_empty(completion) for completion in completions):
+        return "one of its `completions` is empty. Remove the completion, or fill it in"
+    if example.get("best") is not None and not 0 <= example["best"] < n:
+        return f"`best={example['best']}` is not the index of one of its {n} completions. Use 0 to {n - 1}"
+    if example.get("ranking") is not None and sorted(example["ranking"]) != list(range(n)):
+        return f"`ranking={list(example['ranking'])}` is not a permutation of 0 to {n - 1}, best first"
+    scores = example.get("scores")
+    if scores is not None:
+        if len(scores) != n:
+            return f"it has {n} completions and {len(scores)} `scores`. Give one for each"
+        if any(score is None or not math.isfinite(score) for score in scores):
+            return f"`scores={list(scores)}` are not all finite. Remove the completions that have none"
+        if len(set(scores)) == 1:
+            return f"its `scores` are all {scores[0]}, so that nothing is preferred. Remove the row"
+    return None
+
+
+def check_preferences(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """
+    Checks the columns and the rows of a preference dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Pairs (`prompt`, `chosen`, `rejected`, the prompt possibly left inside of the two) or lists (`prompt`,
+            `completions` and one of `best`, `ranking` and `scores`).
+        name (`str`):
+            What the messages call it, e.g. `"train"`.
+
+    Returns:
+        The dataset; one that streams is checked as its rows are read.
+
+    Raises:
+        `ValueError`: names the row, the value and the way out.
+    """
+    columns = columns_of(dataset, name)
+    if "completions" in columns:
+        orders = [order for order in _ORDERS if order in columns]
+        if "prompt" not in columns or len(orders) != 1:
+            raise ValueError(
+                f"The {name} dataset has `completions`, so it needs `prompt` and exactly one of {list(_ORDERS)}, but its "
+                f"columns are {sorted(columns)}. Add or remove columns."
+            )
+        check, used = _check_list, ["prompt", "completions", *orders]
+    else:
+        missing = [column for column in ("chosen", "rejected") if column not in columns]
+        if missing:
+            raise ValueError(
+                f"The {name} dataset lacks the columns {missing}: its columns are {sorted(columns)}. Pass pairs (`prompt`, "
+                "`chosen`, `rejected`) or lists (`prompt`, `completions` and one of `best`, `ranking`, `scores`)."
+            )
+        check, used = _check_pair, ["chosen", "rejected"]
+
+    if isinstance(dataset, IterableDataset):
+
+        def check_row(example: dict[str, Any]) -> dict[str, Any]:
+            problem = check(example)
+            if problem is not None:
+                raise ValueError(f"A row of the {name} dataset cannot be used: {problem}. The row: {example}.")
+            return example
+
+        return dataset.map(check_row)
+
+    identical = 0
+    for i, example in enumerate(dataset.select_columns(used)):
+        problem = check(example)
+        if problem is not None:
+            raise ValueError(f"Row {i} of the {name} dataset cannot be used: {problem}.")
+        identical += check is _check_pair and example["chosen"] == example["rejected"]
+    if identical == len(dataset):
+        raise ValueError(
+            f"`chosen` and `rejected` are identical in every row of the {name} dataset, so that nothing is preferred. "
+            "Check how the dataset was made."
+        )
+    if identical > 0:
+        logger.warning(
+            f"`chosen` and `rejected` are identical in {identical} of the {len(dataset)} rows of the {name} dataset "
+            f"({identical / len(dataset):.1%}): they teach nothing. Consider removing them."
+        )
+    return dataset
+
+
+def _ranks(example: dict[str, Any]) -> list[int]:
+    """Rank of each completion, 0 the best; those that are equally good share their rank."""
+    n = len(example["completions"])
+    if example.get("best") is not None:
+        return [int(i != example["best"]) for i in range(n)]
+    if example.get("ranking") is not None:
+        return [list(example["ranking"]).index(i) for i in range(n)]
+    return [sum(other > score for other in set(example["scores"])) for score in example["scores"]]
+
+
+def tokenize_lists(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    map_kwargs: dict[str, Any],
+) -> Dataset | IterableDataset:
+    """
+    Tokenizes lists as `DPOTrainer` does pairs: chat templates and tools applied, EOS added to what is not conversational,
+    the completions starting where they diverge from the tokenized prompt.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Lists, checked with [`check_preferences`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        map_kwargs (`dict[str, Any]`):
+            Arguments of `map`.
+
+    Returns:
+        The dataset with the columns `prompt_ids`, `completion_ids` (one list of ids a completion) and `ranks`.
+    """
+
+    def tokenize(example: dict[str, Any]) -> dict[str, Any]:
+        prompt = example["prompt"]
+        if is_conversational({"prompt": prompt}):
+            tools = example.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            template_kwargs = {"tools": tools, **(example.get("chat_template_kwargs") or {})}
+            prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+            full = [
+                _tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
+                for completion in example["completions"]
+            ]
+        else:
+            eos = processing_class.eos_token
+            prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
+            full = [
+                _tokenize(processing_class, prompt + completion.removesuffix(eos) + eos)["input_ids"]
+                for completion in example["completions"]
+            ]
+        start = min(common_prefix_length(prompt_ids, ids) for ids in full)
+        return {
+            "prompt_ids": prompt_ids[:start],
+            "completion_ids": [ids[start:] for ids in full],
+            "ranks": _ranks(example),
+        }
+
+    return dataset.map(tokenize, **map_kwargs)
+
+
+def add_row_ids(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Numbers the rows, in the column `row_id`, so that a message can name those of a batch."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda _, i: {"row_id": i}, with_indices=True)
+    if "row_id" in dataset.column_names:
+        dataset = dataset.remove_columns("row_id")
+    return dataset.add_column("row_id", list(range(len(dataset))))
+
+
+@dataclass
+class DataCollatorForSoftPO(DataCollatorForPreference):
+    """
+    Data collator for pairs, as [`~trl.trainer.dpo_trainer.DataCollatorForPreference`], and for lists.
+
+    A batch of lists holds the sequences of all of its lists one after the other, right-padded: `"input_ids"`,
+    `"attention_mask"` and `"completion_mask"` of shape `(Σ n, L)`, and with them `"list_sizes"` `(B,)` and `"ranks"` `(Σ n,)`.
+    Both kinds carry the `"row_ids"` `(B,)` of their examples.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if "completion_ids" in examples[0]:
+            batch = self._collate_lists(examples)
+        else:
+            batch = super().torch_call(examples)
+        if "row_id" in examples[0]:
+            batch["row_ids"] = torch.tensor([example["row_id"] for example in examples])
+        return batch
+
+    def _collate_lists(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, completion_mask = [], []
+        kept = slice(None) if self.max_length is None else slice(self.max_length)
+        if self.max_length is not None and self.truncation_mode == "keep_end":
+            kept = slice(-self.max_length, None)
+        for example in examples:
+            for ids in example["completion_ids"]:
+                input_ids.append(torch.tensor((example["prompt_ids"] + ids)[kept]))
+                completion_mask.append(torch.tensor(([0] * len(example["prompt_ids"]) + [1] * len(ids))[kept]))
+
+        def pad_right(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+            return pad(tensors, value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+        return {
+            "input_ids": pad_right(input_ids, self.pad_token_id),
+            "attention_mask": pad_right([torch.ones_like(ids) for ids in input_ids], 0),
+            "completion_mask": pad_right(completion_mask, 0),
+            "list_sizes": torch.tensor([len(example["completion_ids"]) for example in examples]),
+            "ranks": torch.tensor([rank for example in examples for rank in example["ranks"]]),
+        }
+
+
+def tokenize_prompts(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    map_kwargs: dict[str, Any],
+) -> Dataset | IterableDataset:
+    """Tokenizes the `prompt` column, standard or conversational, into `prompt_ids`."""
+
+    def tokenize(example: dict[str, Any]) -> dict[str, Any]:
+        template_kwargs: dict[str, Any] = {}
+        if is_conversational({"prompt": example["prompt"]}):
+            tools = example.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            template_kwargs = {"tools": tools, **(example.get("chat_template_kwargs") or {}), "add_generation_prompt": True}
+        return {"prompt_ids": _tokenize(processing_class, example["prompt"], **template_kwargs)["input_ids"]}
+
+    return dataset.map(tokenize, **map_kwargs)
+
+
+def map_arguments(dataset: Dataset | IterableDataset, num_proc: int | None) -> Callable[[str], dict[str, Any]]:
+    """The arguments of `map` that datasets of this kind take, given a description."""
+    if isinstance(dataset, IterableDataset):  # takes neither `num_proc` nor `desc`
+        return lambda desc: {}
+    return lambda desc: {"num_proc": num_proc, "desc": desc}

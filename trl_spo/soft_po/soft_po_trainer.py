@@ -1,0 +1,699 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOTrainer
+
+from .. import losses
+from .._compat import (
+    create_model_from_path,
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    no_reference_model,
+    use_adapter,
+)
+from ..metrics import MetricTotals
+from ..model_card import save_model_card
+from .online_kl import OnlineKL, OnlineKLOutput
+from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer
+from .preference_data import (
+    DataCollatorForSoftPO,
+    add_row_ids,
+    check_preferences,
+    columns_of,
+    map_arguments,
+    tokenize_lists,
+    tokenize_prompts,
+)
+from .soft_po_config import SoftPOConfig
+
+
+logger = get_logger(__name__)
+
+# First numbers of the seeds of draws, so that training's and evaluation's are not the same
+_TRAIN, _EVAL = 0, 1
+
+# Mean |α (log π(y_w) - log π(y_l))| at the start above which pairs look as if the model had not sampled them: the loss
+# then mostly pulls together likelihoods that differ for other reasons than the preference
+_OFF_POLICY_GAP = 4.0
+
+
+class SoftPOTrainer(DPOTrainer):
+    """
+    Trainer for Soft Preference Optimization (Soft PO), proposed in the paper [Soft Preference Optimization: Aligning
+    Language Models to Expert Distributions](https://huggingface.co/papers/2405.00747).
+
+    The preference loss is the cross-entropy of the model's own softened preferences; the regularizer is the KL divergence to
+    the reference over the whole output distribution, on samples that the model draws every `resample_steps` steps. How it
+    departs from the paper: the loss works by default on `log π - log π_ref` (`calibration="none"` is the paper's), since that
+    measures better.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_spo import SoftPOTrainer
+
+    >>> dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
+
+    >>> trainer = SoftPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as in [`~trl.DPOTrainer`]. Text models only.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model, chosen as in [`~trl.DPOTrainer`]: by default the initial policy. With `beta=0` and
+            `calibration="none"` there is none.
+        args ([`SoftPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Function to use to form a batch. Will default to [`DataCollatorForSoftPO`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Pairs as in [`~trl.DPOTrainer`] (`prompt`, `chosen`, `rejected`), or lists: `prompt`, `completions` (strings or
+            message lists, whose number may differ from row to row) and one of `best` (index), `ranking` (indices, best
+            first) and `scores` (floats; equal scores are ties). Standard or conversational.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
+            Dataset to use for evaluation. It must meet the same requirements as `train_dataset`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded from the model's name.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            As in [`~trl.DPOTrainer`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            As in [`~trl.DPOTrainer`].
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+            As in [`~trl.DPOTrainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            As in [`~trl.DPOTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            As in [`~trl.DPOTrainer`].
+        regularization_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Prompts (column `prompt`, standard or conversational) that the KL regularizer's samples answer. Defaults to the
+            training prompts.
+    """
+
+    _tag_names = ["trl", "dpo", "trl-spo", "soft-po"]
+    _name = "Soft PO"
+    _paper = {
+        "title": "Soft Preference Optimization: Aligning Language Models to Expert Distributions",
+        "id": "2405.00747",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{sharifnassab2024soft,
+                title   = {{Soft Preference Optimization: Aligning Language Models to Expert Distributions}},
+                author  = {Arsalan Sharifnassab and Saber Salehkaleybar and Sina Ghiassian and Surya Kanoria and Dale Schuurmans},
+                year    = 2024,
+                eprint  = {arXiv:2405.00747},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        ref_model: PreTrainedModel | None = None,
+        args: SoftPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+        regularization_dataset: Dataset | IterableDataset | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = SoftPOConfig(f"{model_name.split('/')[-1]}-SoftPO")
+        elif not isinstance(args, SoftPOConfig):
+            raise TypeError(f"`args` must be a `SoftPOConfig`, got `{type(args).__name__}`.")
+        if isinstance(processing_class, ProcessorMixin):
+            _refuse_vision(f"`processing_class` is a `{type(processing_class).__name__}`")
+        if isinstance(train_dataset, Dataset | IterableDataset):
+            columns = columns_of(train_dataset, "train")
+            if columns & {"image", "images"}:
+                _refuse_vision(f"the train dataset has the columns {sorted(columns & {'image', 'images'})}")
+            if "completions" in columns and args.precompute_ref_log_probs:
+                raise ValueError(
+                    "`precompute_ref_log_probs=True` supports pairs only, and the train dataset holds lists "
+                    "(`completions`). Set `precompute_ref_log_probs=False`."
+                )
+        if regularization_dataset is not None:
+            if args.beta == 0:
+                raise ValueError(
+                    "`regularization_dataset` is given but `beta=0`, which switches the regularizer off. Set `beta`, or "
+                    "leave `regularization_dataset` out."
+                )
+            columns = columns_of(regularization_dataset, "regularization")
+            if "prompt" not in columns:
+                raise ValueError(
+                    f"`regularization_dataset` needs a `prompt` column, but its columns are {sorted(columns)}. Rename one."
+                )
+
+        self._uses_reference = args.beta > 0 or args.calibration == "reference"
+        if args.beta > 0 and args.precompute_ref_log_probs and ref_model is None and peft_config is None:
+            # `DPOTrainer` keeps no reference then, but the KL regularizer needs it
+            if isinstance(model, str) or not is_peft_model(model):
+                ref_model = _load_reference(model, args, quantization_config)
+
+        with nullcontext() if self._uses_reference else no_reference_model(isinstance(model, str)):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if self._is_vlm:
+            _refuse_vision(f"the model's processor is a `{type(self.processing_class).__name__}`")
+        if not self._uses_reference:
+            self.ref_model = None  # one passed by the user is not read
+        self._check_reference()
+
+        if data_collator is None:
+            self.data_collator = DataCollatorForSoftPO(
+                pad_token_id=self._tokenizer.pad_token_id,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
+
+        self._totals = {"train": MetricTotals(), "eval": MetricTotals()}
+        self._mass_mean: torch.Tensor | None = None  # of the optimizer step, for weighting="sigmoid"
+        self._micro_step = 0  # index of the next micro-batch in the optimizer step
+
+        # KL regularizer
+        if self.beta > 0:
+            dataset = self.train_dataset
+            if regularization_dataset is not None:
+                dataset = self._prepare_prompts(regularization_dataset)
+            self._prompts = PromptSource(dataset, args.seed)
+            self._check_context(dataset)
+            self.sampler = CompletionSampler(self.model, args, self.accelerator, self._tokenizer)
+            self.sample_buffer = SampleBuffer(args)
+            self.online_kl = OnlineKL(self.ref_model, args, self.accelerator, self._tokenizer.pad_token_id)
+            self._eval_prompts: PromptSource | None = None
+            self._eval_kl: float | None = None
+
+    def _check_reference(self) -> None:
+        if is_peft_model(self.model) and self.beta > 0 and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"`beta={self.beta}` is not supported with the prompt-learning PEFT method "
+                f"{self.model.active_peft_config.peft_type.value}: the KL regularizer runs the backbone, which would not see "
+                "the learned prompt. Use LoRA, or set `beta=0`."
+            )
+        if self.ref_model is not None:
+            sizes = [
+                self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
+                for model in (self.model, self.ref_model)
+            ]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"`ref_model` has a vocabulary of {sizes[1]} tokens and `model` one of {sizes[0]}: their distributions "
+                    "cannot be compared. Pass a `ref_model` with the model's tokenizer, or leave it out."
+                )
+
+    def _check_context(self, dataset: Dataset | IterableDataset) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or isinstance(dataset, IterableDataset):
+            return
+        longest = max(len(ids) for ids in dataset["prompt_ids"])
+        if longest + self.args.max_completion_length > limit:
+            raise ValueError(
+                f"The longest prompt ({longest} tokens) and `max_completion_length={self.args.max_completion_length}` "
+                f"exceed the model's context of {limit} tokens. Set `max_completion_length` to at most "
+                f"{max(limit - longest, 1)}, or drop the longest prompts with a smaller `max_length`."
+            )
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: SoftPOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        dataset = add_row_ids(check_preferences(dataset, dataset_name))
+        if "completions" in columns_of(dataset, dataset_name):
+            arguments = map_arguments(dataset, args.dataset_num_proc)
+            with self._main_process_first(args):
+                dataset = tokenize_lists(dataset, processing_class, arguments(f"Tokenizing {dataset_name} dataset"))
+                dataset = self._drop_long_prompts(dataset, args, dataset_name)
+        else:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"The {dataset_name} dataset is empty after dropping the prompts that fill `max_length={args.max_length}`. "
+                "Set a larger `max_length`."
+            )
+        return dataset
+
+    def _prepare_prompts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        arguments = map_arguments(dataset, self.args.dataset_num_proc)
+        with self._main_process_first(self.args):
+            dataset = tokenize_prompts(
+                add_row_ids(dataset), self._tokenizer, arguments("Tokenizing regularization dataset")
+            )
+            dataset = self._drop_long_prompts(dataset, self.args, "regularization")
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(
+                "The regularization dataset is empty after dropping the prompts that fill "
+                f"`max_length={self.args.max_length}`. Set a larger `max_length`."
+            )
+        return dataset
+
+    @staticmethod
+    def _drop_long_prompts(dataset, args: SoftPOConfig, name: str) -> Dataset | IterableDataset:
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return dataset
+        arguments = map_arguments(dataset, args.dataset_num_proc)
+        return dataset.filter(
+            lambda example: len(example["prompt_ids"]) < args.max_length,
+            **arguments(f"Dropping fully truncated examples from {name} dataset"),
+        )
+
+    @staticmethod
+    def _main_process_first(args: SoftPOConfig):
+        return args.main_process_first(desc="dataset map")
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        for column in ("completion_ids", "ranks", "row_id"):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    def compute_ref_log_probs(self, model, inputs):
+        inputs = {key: value for key, value in inputs.items() if key != "row_ids"}
+        return super().compute_ref_log_probs(model, inputs)
+
+    # Preference loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        mode = "train" if self.model.training else "eval"
+        outputs, logps, token_mask = self._forward(model, inputs, with_router_logits=self.aux_loss_enabled)
+        lengths = token_mask.sum(dim=1)
+
+        # One row a list, one column a response; a pair is a list of two, the chosen response first
+        arrange = _arranger(inputs)
+        mask = arrange(torch.ones_like(lengths, dtype=torch.bool))
+        ranks = arrange(inputs["ranks"]) if "ranks" in inputs else torch.arange(2, device=mask.device).expand_as(mask)
+        log_pi = self._reduce(logps, lengths)
+        scores = log_pi
+        if self.args.calibration == "reference":
+            scores = log_pi - self._reduce(self._reference_logps(inputs), lengths)
+        scores, log_pi = arrange(scores), arrange(log_pi)
+        weights = self._weights(log_pi, mask, ranks)
+        if "ranks" in inputs:
+            per_example_loss = losses.soft_ranking_loss(scores, self.args.alpha, mask, weights, ranks)
+        else:
+            per_example_loss = losses.soft_preference_loss(*scores.unbind(dim=1), self.args.alpha, weights[:, 0])
+        loss = per_example_loss.mean()
+
+        def per_response(token_values: torch.Tensor) -> torch.Tensor:
+            return arrange((token_values[:, -token_mask.size(1) :].detach() * token_mask).sum(dim=1))
+
+        self._add_preference_metrics(
+            mode,
+            mask,
+            ranks,
+            inputs.get("row_ids"),
+            loss=per_example_loss,
+            scores=scores,
+            logps=arrange(logps),
+            weights=weights,
+            tokens=arrange(lengths),
+            entropy=per_response(outputs.entropy),
+            logits=per_response(outputs.mean_logits),
+            top1=per_response(outputs.is_top1),
+        )
+        if mode == "train":
+            num_tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += num_tokens // self._tp_size
+        elif self.beta > 0:
+            loss = loss + self.beta * self._eval_kl
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            self._totals[mode].add("aux_loss", self.accelerator.gather(outputs.aux_loss.detach().reshape(1)))
+        if return_outputs:  # for `compute_metrics`: the fused LM head does not build the logits
+            with torch.no_grad():
+                outputs = model(**self._model_kwargs(inputs))
+        return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _model_kwargs(inputs: dict[str, Any]) -> dict[str, Any]:
+        # A key that the model does not know it may silently swallow
+        ours = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "list_sizes", "ranks", "row_ids"}
+        return {**{key: value for key, value in inputs.items() if key not in ours}, "use_cache": False}
+
+    def _forward(self, model, inputs, with_router_logits=False) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """Outputs of the fused LM head, log-probability of each response, mask of the positions that predict it."""
+        model_kwargs = self._model_kwargs(inputs)
+        if with_router_logits:
+            model_kwargs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)
+        token_mask = inputs["completion_mask"][:, 1:]
+        # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
+        return outputs, outputs.log_probs[:, -token_mask.size(1) :].sum(dim=1), token_mask
+
+    def _reduce(self, logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return logps if self.args.logp_reduction == "sum" else logps / lengths.clamp(min=1)
+
+    @torch.no_grad()
+    def _reference_logps(self, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.precompute_ref_logps:
+            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.ref_model is not None:
+                return self._forward(self.ref_model, inputs)[1]
+            policy = self.accelerator.unwrap_model(self.model)
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                return self._forward(self.model, inputs)[1]
+
+    def _weights(self, log_pi: torch.Tensor, mask: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+        """Weights μ_k of shape `(B, n)`: each is that of the responses in the `k`-th denominator."""
+        terms, log_pi, in_denominator = _denominators(log_pi, mask, ranks)
+        mean = self._mass_mean if self.model.training else None
+        if self.args.weighting == "sigmoid" and mean is None:
+            mass = losses.probability_mass(log_pi, self.args.gamma, in_denominator)
+            mean = self._global_mean(mass.sum(), mass.numel())
+        weights = losses.pair_weights(
+            log_pi, self.args.weighting, self.args.gamma, in_denominator, self.args.weighting_scale, mean
+        )
+        return weights.new_zeros(terms.shape).masked_scatter(terms, weights)
+
+    def _global_mean(self, total: torch.Tensor, count: int) -> torch.Tensor:
+        totals = self.accelerator.gather(torch.stack([total, total.new_tensor(count)]).unsqueeze(0))
+        return totals[:, 0].sum() / totals[:, 1].sum()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # Called once an optimizer step, with all of its micro-batches
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_step = 0
+        self._mass_mean = None
+        if self.args.weighting == "sigmoid" and len(batches) > 1:
+            self._mass_mean = self._mean_mass(batches)
+        return batches, num_items_in_batch
+
+    @torch.no_grad()
+    def _mean_mass(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Mean of `v` over the global batch, which no single micro-batch knows: a forward pass of its own."""
+        total, count = torch.zeros((), device=self.accelerator.device), 0
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for inputs in batches:
+                inputs = self._prepare_inputs(inputs)
+                _, logps, token_mask = self._forward(self.model_wrapped, inputs)
+                arrange = _arranger(inputs)
+                mask = arrange(torch.ones_like(logps, dtype=torch.bool))
+                ranks = arrange(inputs["ranks"]) if "ranks" in inputs else torch.arange(2).to(mask.device).expand_as(mask)
+                log_pi = arrange(self._reduce(logps, token_mask.sum(dim=1)))
+                _, log_pi, in_denominator = _denominators(log_pi, mask, ranks)
+                total += losses.probability_mass(log_pi, self.args.gamma, in_denominator).sum()
+                count += len(log_pi)
+        return self._global_mean(total, count)
+
+    def _add_preference_metrics(
+        self, mode: str, mask: torch.Tensor, ranks: torch.Tensor, row_ids: torch.Tensor | None, **values: torch.Tensor
+    ) -> None:
+        """Gathers what the metrics need, one row an example, and adds it up. `values` are `(B,)` or `(B, n)`."""
+        best, others = mask & (ranks == 0), mask & (ranks > 0)
+        scores, weights = values["scores"].detach(), values["weights"]
+        ordered = losses.competitors(mask, ranks) & ~torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
+        right = ordered & (scores.unsqueeze(2) > scores.unsqueeze(1))
+
+        def mean(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+            return (x * which).sum(dim=1) / which.sum(dim=1).clamp(min=1)
+
+        columns = {"loss": values["loss"].detach(), "right": right.sum(dim=(1, 2)), "ordered": ordered.sum(dim=(1, 2))}
+        for name, which in (("chosen", best), ("rejected", others)):
+            columns[f"rewards/{name}"] = self.args.alpha * mean(scores, which)
+            columns[f"logps/{name}"] = mean(values["logps"].detach(), which)
+            columns[f"logits/{name}"] = (values["logits"] * which).sum(dim=1)
+            columns[f"tokens/{name}"] = (values["tokens"] * which).sum(dim=1)
+        columns["top1"] = (values["top1"] * best).sum(dim=1)
+        columns["entropy"] = values["entropy"].sum(dim=1)
+        columns["weights"], columns["squares"] = weights.sum(dim=1), weights.square().sum(dim=1)
+        columns["terms"] = (ordered.sum(dim=2) > 0).sum(dim=1)
+        table = torch.stack([column.float() for column in columns.values()], dim=1)
+        gathered = dict(zip(columns, self.accelerator.gather_for_metrics(table).unbind(dim=1), strict=True))
+
+        if mode == "train":
+            self._check_finite("loss", gathered["loss"], row_ids)
+            self._warn_if_off_policy(gathered["logps/chosen"] - gathered["logps/rejected"])
+        add = self._totals[mode].add
+        add("loss/preference", gathered["loss"])
+        for name in ("chosen", "rejected"):
+            add(f"rewards/{name}", gathered[f"rewards/{name}"])
+            add(f"logps/{name}", gathered[f"logps/{name}"])
+            add(f"logits/{name}", gathered[f"logits/{name}"], gathered[f"tokens/{name}"])
+        add("rewards/accuracies", gathered["right"], gathered["ordered"])
+        add("rewards/margins", gathered["rewards/chosen"] - gathered["rewards/rejected"])
+        add("entropy", gathered["entropy"], gathered["tokens/chosen"] + gathered["tokens/rejected"])
+        add("mean_token_accuracy", gathered["top1"], gathered["tokens/chosen"])
+        add("weights/mean", gathered["weights"], gathered["terms"])
+        self._totals[mode].add_effective_share(
+            "weights/ess", gathered["weights"], gathered["squares"], gathered["terms"]
+        )
+
+    def _check_finite(self, what: str, values: torch.Tensor, row_ids: torch.Tensor | None) -> None:
+        # `values` are gathered, so that every process raises and none is left waiting
+        if values.isfinite().all():
+            return
+        rows = None if row_ids is None else self.accelerator.gather(row_ids.to(self.accelerator.device)).tolist()
+        raise FloatingPointError(
+            f"The {what} is not finite at step {self.state.global_step}, on the rows {rows} of the dataset: "
+            f"{values.tolist()}. Try a smaller `learning_rate`, a smaller `max_grad_norm`, `bf16` instead of `fp16`, and look "
+            "at those rows. Nothing was saved for this step; resume from the last checkpoint."
+        )
+
+    def _warn_if_off_policy(self, gaps: torch.Tensor) -> None:
+        # Before the first step the policy is the reference, so this costs no forward pass of the reference
+        if self.state.global_step > 0 or self._micro_step > 0 or self.args.calibration == "reference":
+            return
+        gap = self.args.alpha * gaps.abs().mean().item()
+        if gap > _OFF_POLICY_GAP:
+            logger.warning(
+                f"The pairs look as if the model had not sampled them: at the start, α |log π(chosen) - log π(rejected)| is "
+                f"{gap:.1f} on average (α={self.args.alpha}). With `calibration='none'` such differences in likelihood and "
+                "length drown the preference. Use `calibration='reference'`, or pairs that the model sampled."
+            )
+
+    # KL regularizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # The regularizer's backward is a pass of its own, so that at no time both graphs are in memory
+        kl_loss = self._kl_training_step(model) if self.beta > 0 else 0.0
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_step += 1
+        return loss + kl_loss
+
+    def _kl_training_step(self, model: nn.Module) -> torch.Tensor | float:
+        """Adds the regularizer's gradient; returns its share of the loss."""
+        step, buffer = self.state.global_step, self.sample_buffer
+        model.train()
+        if self._micro_step == 0:
+            if buffer.is_due(step):
+                n, rank = self.args.online_buffer_size, self.accelerator.process_index
+                prompts = self._prompts.take((buffer.round * self.accelerator.num_processes + rank) * n, n)
+                buffer.replace(self.sampler.sample(model, prompts, self.args.seed, _TRAIN, buffer.round, rank), step)
+                self.online_kl.annotate(model, buffer.samples)
+            elif buffer.samples[0].reference_hidden is None:  # restored from a checkpoint
+                self.online_kl.annotate(model, buffer.samples)
+        samples = buffer.micro_batch(step, self._micro_step, self.current_gradient_accumulation_steps)
+        if not samples:
+            return 0.0
+        with self._without_gradient_sync(model), self.maybe_activation_offload_context:
+            output = self.online_kl(model, samples)
+            self._add_kl_metrics("train", output, samples)
+            loss = self.beta * output.loss.sum() / self.args.online_samples_per_step
+            # DeepSpeed would divide by the accumulation steps
+            kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+            self.accelerator.backward(loss, **kwargs)
+        return loss.detach()
+
+    @contextmanager
+    def _without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
+        """For a backward pass that another one follows before the optimizer steps."""
+        state = self.accelerator.gradient_state
+        if self.is_deepspeed_enabled:
+            # `accelerator.backward` also steps the engine at the boundary, which the pairs' backward is
+            sync = state.sync_gradients
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(sync)
+        elif self.is_fsdp_enabled:
+            yield  # reduces into the shards, and adds up; unreduced gradients would take the whole model's memory
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _add_kl_metrics(self, mode: str, output: OnlineKLOutput, samples: list[OnlineSample]) -> torch.Tensor:
+        columns = [output.loss.detach(), output.kl, output.entropy, output.ratio, output.length, output.terminated]
+        table = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
+        loss, kl, entropy, ratio, length, terminated = table.unbind(dim=1)
+        row_ids = torch.tensor([sample.row_id for sample in samples])
+        self._check_finite("KL of the online samples", loss, row_ids)
+        totals = self._totals[mode]
+        totals.add("loss/kl", self.beta * loss)
+        totals.add("kl/online", kl)
+        totals.add_std("kl/estimator_std", kl)
+        totals.add("entropy/online", entropy)
+        totals.add("staleness/ratio", ratio)
+        totals.add("samples/length", length)
+        totals.add("samples/terminated", terminated)
+        return kl
+
+    # Evaluation
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self.beta > 0:
+            # `IterableDatasetShard` hides the dataset, and would show each process a part of it
+            dataset = getattr(dataloader.dataset, "dataset", dataloader.dataset)
+            self._eval_prompts, self._eval_kl = PromptSource(dataset, self.args.seed), None
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.beta > 0 and self._eval_kl is None:
+            self._eval_kl = self._measure_eval_kl(model)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @torch.no_grad()
+    def _measure_eval_kl(self, model: nn.Module) -> float:
+        """The regularizer on held-out prompts, by draws that are the same at each evaluation."""
+        n, rank, size = self.args.eval_online_samples, self.accelerator.process_index, self.args.online_samples_per_step
+        if isinstance(self._eval_prompts.dataset, Dataset):
+            n = min(n, len(self._eval_prompts.dataset))
+        per_process = math.ceil(n / self.accelerator.num_processes)
+        prompts = self._eval_prompts.take(rank * per_process, per_process)
+        samples = self.sampler.sample(model, prompts, self.args.seed, _EVAL, rank)
+        self.online_kl.annotate(model, samples)
+        kl = [
+            self._add_kl_metrics("eval", self.online_kl(model, samples[first : first + size]), samples)
+            for first in range(0, len(samples), size)
+        ]
+        return torch.cat(kl).mean().item()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in self._totals[mode].pop().items():
+            self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
+
+    # Checkpoints and model card
+
+    def _sample_buffer_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"online_samples_{self.accelerator.process_index}.json")
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.beta > 0 and self.sample_buffer.samples:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._sample_buffer_file(output_dir).write_text(json.dumps(self.sample_buffer.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.beta == 0 or checkpoint is None:
+            return
+        saved = len(list(Path(checkpoint).glob("online_samples_*.json")))
+        if saved != self.accelerator.num_processes:
+            logger.warning(
+                f"{checkpoint} holds the online samples of {saved} processes and this run has "
+                f"{self.accelerator.num_processes}: new ones are drawn, so the run will differ from an uninterrupted one."
+            )
+            return
+        self.sample_buffer.load_state_dict(json.loads(self._sample_buffer_file(checkpoint).read_text()))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        settings = ("alpha", "beta", "calibration", "logp_reduction", "weighting", "gamma", "kl_estimator")
+        settings += ("resample_steps", "online_samples_per_step", "online_buffer_size", "max_completion_length")
+        save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
+
+
+def _arranger(inputs: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Brings values of sequences, `(sequences,)`, into one row an example, `(B, n)`, padded with 0."""
+    if "list_sizes" not in inputs:
+        return lambda values: torch.stack(values.chunk(2), dim=1)  # the batch is [chosen, rejected]
+    sizes = inputs["list_sizes"].tolist()
+    return lambda values: pad_sequence(values.split(sizes), batch_first=True)
+
+
+def _denominators(
+    log_pi: torch.Tensor, mask: torch.Tensor, ranks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The terms of the loss that compare anything `(B, n)`, and of each of them the log-probabilities of the list's responses
+    and which are in the denominator, `(terms, n)`.
+    """
+    in_denominator = losses.competitors(mask, ranks)
+    terms = in_denominator.sum(dim=2) > 1
+    return terms, log_pi.unsqueeze(1).expand_as(in_denominator)[terms], in_denominator[terms]
+
+
+def _refuse_vision(reason: str) -> None:
+    raise ValueError(
+        f"`SoftPOTrainer` trains text models, but {reason}. Train the language model alone, or use `trl.DPOTrainer` for "
+        "vision-language models."
+    )
+
+
+def _load_reference(
+    model: str | PreTrainedModel, args: SoftPOConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """A copy of the initial policy, loaded as `DPOTrainer` loads its reference."""
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if isinstance(model, str):
+        return create_model_from_path(model, **kwargs)
+    kwargs.setdefault("dtype", model.dtype)
+    kwargs.setdefault("attn_implementation", model.config._attn_implementation)
+    return create_model_from_path(get_config_model_id(model.config), **kwargs)
