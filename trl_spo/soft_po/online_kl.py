@@ -149,7 +149,7 @@ class OnlineKL:
                     for sample, logp in zip(chunk, logps.tolist(), strict=True):
                         sample.old_logp = logp
                 with self._reference(model, policy) as (wrapped, reference):
-                    hidden = self._forward_redirection(wrapped, reference, _completion_states, reference, batch)
+                    hidden = self._forward_redirection(wrapped, reference, self._reference_states, reference, batch)
                     self._reference_head = LMHead.of(_causal_lm(reference))
             for sample, states in zip(chunk, hidden.split(batch.mask.sum(dim=1).tolist()), strict=True):
                 sample.reference_hidden = states.clone()  # a view would keep the whole chunk alive
@@ -238,6 +238,13 @@ class OnlineKL:
         with nullcontext() if self.args.kl_estimator == "score" else torch.no_grad():
             logps = _token_logps(hidden, weight, bias, head, batch.labels)
         return tuple(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in (kl, logps, entropy))
+
+    def _reference_states(self, reference: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+        hidden = _completion_states(reference, batch)
+        # ZeRO-3 notes which parameters a forward reads outside of their own modules, and wants it to be the same in each:
+        # the reference's forward on pairs reads those of the LM head
+        LMHead.of(_causal_lm(reference))
+        return hidden
 
     def _policy_logps(self, policy: PreTrainedModel, batch: _Batch) -> torch.Tensor:
         hidden = _completion_states(policy, batch)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import DistributedBackend, VLLMGeneration, pad, unwrap_model_for_generation
-from .soft_po_config import SoftPOConfig
+from .soft_po_config import HARMLESS_GENERATION_KWARGS, SoftPOConfig
 
 
 @dataclass
@@ -118,6 +118,10 @@ class CompletionSampler:
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.eos_token_ids = eos if tokenizer.eos_token_id in eos else [tokenizer.eos_token_id, *eos]
+        how_it_runs = {"use_cache": True, "disable_compile": True}
+        if not args.use_vllm:  # the others are at the values below already, or the config would have refused them
+            kwargs = args.generation_kwargs or {}
+            how_it_runs |= {name: kwargs[name] for name in HARMLESS_GENERATION_KWARGS if name in kwargs}
         self.generation_config = GenerationConfig(
             max_new_tokens=args.max_completion_length,
             do_sample=True,
@@ -125,11 +129,13 @@ class CompletionSampler:
             top_p=1.0,
             top_k=0,
             repetition_penalty=1.0,
+            # A model that has become NaN is to be found where its KL is, which names the step, and not by `torch.multinomial`
+            remove_invalid_values=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=self.eos_token_ids,
             cache_implementation=args.cache_implementation,
-            **{"use_cache": True, "disable_compile": True, **({} if args.use_vllm else args.generation_kwargs or {})},
+            **how_it_runs,
         )
         self.vllm: VLLMGeneration | None = None
         if args.use_vllm:

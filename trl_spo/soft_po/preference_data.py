@@ -29,10 +29,11 @@ def columns_of(dataset: Dataset | IterableDataset, name: str) -> set[str]:
     raise ValueError(f"The {name} dataset is empty. Pass a dataset with at least one row.")
 
 
-def _is_empty(completion: str | list[dict]) -> bool:
-    if isinstance(completion, str):
-        return completion == ""
-    return not any(message.get("content") or message.get("tool_calls") for message in completion)
+def _is_empty(completion: str | list[dict] | None) -> bool:
+    if not completion or isinstance(completion, str):
+        return not completion
+    # The last message, since the first ones may be those of a prompt
+    return not (completion[-1].get("content") or completion[-1].get("tool_calls"))
 
 
 def _check_pair(example: dict[str, Any]) -> str | None:
@@ -43,15 +44,18 @@ def _check_pair(example: dict[str, Any]) -> str | None:
 
 
 def _check_list(example: dict[str, Any]) -> str | None:
-    completions = example["completions"]
+    completions = example["completions"] or []
     n = len(completions)
     if n < 2:
         return f"it has {n} completions. A list needs at least two to compare: remove the row"
     if any(_is_empty(completion) for completion in completions):
         return "one of its `completions` is empty. Remove the completion, or fill it in"
-    if example.get("best") is not None and not 0 <= example["best"] < n:
+    for order in _ORDERS:
+        if order in example and example[order] is None:
+            return f"its `{order}` is missing. Remove the row, or fill it in"
+    if "best" in example and example["best"] not in range(n):
         return f"`best={example['best']}` is not the index of one of its {n} completions. Use 0 to {n - 1}"
-    if example.get("ranking") is not None and sorted(example["ranking"]) != list(range(n)):
+    if "ranking" in example and (len(example["ranking"]) != n or set(example["ranking"]) != set(range(n))):
         return f"`ranking={list(example['ranking'])}` is not a permutation of 0 to {n - 1}, best first"
     scores = example.get("scores")
     if scores is not None:

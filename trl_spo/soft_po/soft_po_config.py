@@ -8,7 +8,7 @@ from typing import Any
 from trl import DPOConfig
 
 
-# Options of DPO that Soft PO's loss does not read
+# Options of DPO that Soft PO does not read
 _DPO_ONLY_OPTIONS = (
     "loss_type",
     "loss_weights",
@@ -19,6 +19,8 @@ _DPO_ONLY_OPTIONS = (
     "use_weighting",
     "discopop_tau",
     "padding_free",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
 )
 
 # Values at which a sampling option leaves the model's own distribution as it is
@@ -36,7 +38,7 @@ _NEUTRAL_SAMPLING = {
 }
 
 # Options of generation that only concern how it runs
-_HARMLESS_GENERATION_KWARGS = ("use_cache", "cache_config", "compile_config", "disable_compile", "prefill_chunk_size", "seed")
+HARMLESS_GENERATION_KWARGS = ("use_cache", "cache_config", "compile_config", "disable_compile", "prefill_chunk_size")
 
 
 @dataclass
@@ -62,7 +64,8 @@ class SoftPOConfig(DPOConfig):
         weighting (`str`, *optional*, defaults to `"none"`):
             Weights μ of the pairs, which turn down responses that the model itself finds improbable: `"none"` (all 1),
             `"power"` (`(π_w + π_l)^γ`) or `"sigmoid"` (`2σ(c (v - mean v))` with `v = (π_w + π_l)^γ` and the mean over the
-            global batch; with gradient accumulation this costs a forward pass of its own).
+            global batch, or over the eval dataset; with gradient accumulation, and in evaluation, this costs a forward
+            pass of its own).
         gamma (`float`, *optional*, defaults to `0.05`):
             Exponent γ >= 0 of the weights. Sequence probabilities are tiny, so useful values are small.
         weighting_scale (`float`, *optional*, defaults to `1.0`):
@@ -359,7 +362,7 @@ class SoftPOConfig(DPOConfig):
             default = option.default_factory() if callable(option.default_factory) else option.default
             if value != default:
                 raise ValueError(
-                    f"`{name}={value!r}` is an option of DPO's loss that Soft PO does not read. Leave it at its default "
+                    f"`{name}={value!r}` is an option of DPO that Soft PO does not read. Leave it at its default "
                     f"({default!r}), or use `trl.DPOTrainer`."
                 )
         if self.sync_ref_model:
@@ -378,11 +381,11 @@ class SoftPOConfig(DPOConfig):
         options = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         for name, value in [*options.items(), *(self.generation_kwargs or {}).items()]:
             neutral = _NEUTRAL_SAMPLING.get(name)
-            if neutral is None and name not in _HARMLESS_GENERATION_KWARGS:
+            if neutral is None and name not in HARMLESS_GENERATION_KWARGS:
                 raise ValueError(
                     f"`generation_kwargs` has `{name}={value!r}`, which may change the distribution that is sampled from, "
                     "while the regularizer is the KL divergence of the model's own. Remove it; supported are "
-                    f"{list(_HARMLESS_GENERATION_KWARGS)}."
+                    f"{list(HARMLESS_GENERATION_KWARGS)}."
                 )
             if neutral is not None and value not in neutral:
                 raise ValueError(

@@ -4,7 +4,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -37,7 +38,7 @@ from .._compat import (
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
 from .online_kl import OnlineKL, OnlineKLOutput
-from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer
+from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer, own_random_state
 from .preference_data import (
     DataCollatorForSoftPO,
     add_row_ids,
@@ -165,11 +166,6 @@ class SoftPOTrainer(DPOTrainer):
             columns = columns_of(train_dataset, "train")
             if columns & {"image", "images"}:
                 _refuse_vision(f"the train dataset has the columns {sorted(columns & {'image', 'images'})}")
-            if "completions" in columns and args.precompute_ref_log_probs:
-                raise ValueError(
-                    "`precompute_ref_log_probs=True` supports pairs only, and the train dataset holds lists "
-                    "(`completions`). Set `precompute_ref_log_probs=False`."
-                )
         if regularization_dataset is not None:
             if args.beta == 0:
                 raise ValueError(
@@ -219,6 +215,8 @@ class SoftPOTrainer(DPOTrainer):
 
         self._totals = {"train": MetricTotals(), "eval": MetricTotals()}
         self._mass_mean: torch.Tensor | None = None  # of the optimizer step, for weighting="sigmoid"
+        self._eval_mass_mean: torch.Tensor | None = None  # of the evaluation, likewise
+        self._eval_prefix = "eval"
         self._micro_step = 0  # index of the next micro-batch in the optimizer step
 
         # KL regularizer
@@ -273,13 +271,18 @@ class SoftPOTrainer(DPOTrainer):
     ) -> Dataset | IterableDataset:
         dataset = add_row_ids(check_preferences(dataset, dataset_name))
         if "completions" in columns_of(dataset, dataset_name):
+            if args.precompute_ref_log_probs:
+                raise ValueError(
+                    f"`precompute_ref_log_probs=True` supports pairs only, and the {dataset_name} dataset holds lists "
+                    "(`completions`). Set `precompute_ref_log_probs=False`."
+                )
             arguments = map_arguments(dataset, args.dataset_num_proc)
             with self._main_process_first(args):
                 dataset = tokenize_lists(dataset, processing_class, arguments(f"Tokenizing {dataset_name} dataset"))
                 dataset = self._drop_long_prompts(dataset, args, dataset_name)
         else:
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
+        if next(iter(dataset), None) is None:
             raise ValueError(
                 f"The {dataset_name} dataset is empty after dropping the prompts that fill `max_length={args.max_length}`. "
                 "Set a larger `max_length`."
@@ -293,7 +296,7 @@ class SoftPOTrainer(DPOTrainer):
                 add_row_ids(dataset), self._tokenizer, arguments("Tokenizing regularization dataset")
             )
             dataset = self._drop_long_prompts(dataset, self.args, "regularization")
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
+        if next(iter(dataset), None) is None:
             raise ValueError(
                 "The regularization dataset is empty after dropping the prompts that fill "
                 f"`max_length={self.args.max_length}`. Set a larger `max_length`."
@@ -412,7 +415,7 @@ class SoftPOTrainer(DPOTrainer):
     def _weights(self, log_pi: torch.Tensor, mask: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
         """Weights μ_k of shape `(B, n)`: each is that of the responses in the `k`-th denominator."""
         terms, log_pi, in_denominator = _denominators(log_pi, mask, ranks)
-        mean = self._mass_mean if self.model.training else None
+        mean = self._mass_mean if self.model.training else self._eval_mass_mean
         if self.args.weighting == "sigmoid" and mean is None:
             mass = losses.probability_mass(log_pi, self.args.gamma, in_denominator)
             mean = self._global_mean(mass.sum(), mass.numel())
@@ -431,17 +434,18 @@ class SoftPOTrainer(DPOTrainer):
         self._micro_step = 0
         self._mass_mean = None
         if self.args.weighting == "sigmoid" and len(batches) > 1:
-            self._mass_mean = self._mean_mass(batches)
+            self.model_wrapped.train()  # an evaluation has left it in the other mode
+            self._mass_mean = self._mean_mass(self.model_wrapped, batches)
         return batches, num_items_in_batch
 
     @torch.no_grad()
-    def _mean_mass(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+    def _mean_mass(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
         """Mean of `v` over the global batch, which no single micro-batch knows: a forward pass of its own."""
         total, count = torch.zeros((), device=self.accelerator.device), 0
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             for inputs in batches:
                 inputs = self._prepare_inputs(inputs)
-                _, logps, token_mask = self._forward(self.model_wrapped, inputs)
+                _, logps, token_mask = self._forward(model, inputs)
                 arrange = _arranger(inputs)
                 mask = arrange(torch.ones_like(logps, dtype=torch.bool))
                 ranks = arrange(inputs["ranks"]) if "ranks" in inputs else torch.arange(2).to(mask.device).expand_as(mask)
@@ -474,7 +478,10 @@ class SoftPOTrainer(DPOTrainer):
         columns["weights"], columns["squares"] = weights.sum(dim=1), weights.square().sum(dim=1)
         columns["terms"] = (ordered.sum(dim=2) > 0).sum(dim=1)
         table = torch.stack([column.float() for column in columns.values()], dim=1)
-        gathered = dict(zip(columns, self.accelerator.gather_for_metrics(table).unbind(dim=1), strict=True))
+        # In training all micro-batches of a step are fetched ahead, so `gather_for_metrics` would take each for the last one
+        # and leave out rows that were trained on
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        gathered = dict(zip(columns, gather(table).unbind(dim=1), strict=True))
 
         if mode == "train":
             self._check_finite("loss", gathered["loss"], row_ids)
@@ -586,14 +593,22 @@ class SoftPOTrainer(DPOTrainer):
 
     # Evaluation
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        self._totals["eval"] = MetricTotals()  # `predict` has left its own
+        self._eval_prefix = metric_key_prefix
+        # `IterableDatasetShard` hides the dataset, and would show each process a part of it
+        self._eval_rows = getattr(dataloader.dataset, "dataset", dataloader.dataset)
+        self._eval_mass_mean = None
         if self.beta > 0:
-            # `IterableDatasetShard` hides the dataset, and would show each process a part of it
-            dataset = getattr(dataloader.dataset, "dataset", dataloader.dataset)
-            self._eval_prompts, self._eval_kl = PromptSource(dataset, self.args.seed), None
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+            self._eval_prompts, self._eval_kl = PromptSource(self._eval_rows, self.args.seed), None
+        # Data loaders too draw from the global random state, which dropout in training goes on from
+        with own_random_state(self.accelerator.device, self.args.seed, _EVAL):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.args.weighting == "sigmoid" and self._eval_mass_mean is None:
+            rows = DataLoader(self._eval_rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+            self._eval_mass_mean = self._mean_mass(model, self.accelerator.prepare(rows))
         if self.beta > 0 and self._eval_kl is None:
             self._eval_kl = self._measure_eval_kl(model)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -615,9 +630,9 @@ class SoftPOTrainer(DPOTrainer):
         return torch.cat(kl).mean().item()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in self._totals[mode].pop().items():
-            self._metrics[mode][name] = [value]
+        # Under the prefix of `evaluate`, so that several eval datasets do not write over each other as in TRL
+        mode, prefix = ("train", "") if self.model.training else ("eval", f"{self._eval_prefix}_")
+        logs.update({prefix + name: value for name, value in self._totals[mode].pop().items()})
         super().log(logs, start_time)
 
     # Checkpoints and model card

@@ -1,0 +1,124 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the processes of the distributed tests run: `accelerate launch ... soft_po_script.py WORLD OUT SCENARIO...`.
+
+Each scenario trains once from the model and the dataset in the folder WORLD, and leaves OUT/SCENARIO with the model and
+`report.json`.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import load_from_disk
+from peft import LoraConfig
+
+from trl_spo import SoftPOConfig, SoftPOTrainer
+from trl_spo._compat import DistributedBackend
+from trl_spo.soft_po.online_samples import OnlineSample
+
+
+SCENARIOS = {
+    # The same online samples, whatever the number of processes
+    "given_samples": {"beta": 0.5},
+    "accumulation": {"beta": 0.5, "gradient_accumulation_steps": 2},
+    "lora": {"beta": 0.5, "learning_rate": 1e-2},
+    "lora_checkpointing": {"beta": 0.5, "learning_rate": 1e-2, "gradient_checkpointing": True, "kl_estimator": "score"},
+    "no_kl": {"beta": 0.0, "calibration": "none", "alpha": 0.5},
+    "sigmoid_weights": {
+        "beta": 0.0,
+        "calibration": "none",
+        "alpha": 0.5,
+        "weighting": "sigmoid",
+        "gradient_accumulation_steps": 2,
+    },
+    # Samples of its own for each process
+    "sampling": {"beta": 0.5, "max_steps": 8, "resample_steps": 1, "online_samples_per_step": 64},
+}
+GLOBAL_BATCH = 8
+
+
+def given_samples(model: torch.nn.Module, prompts: list[tuple[int, list[int]]], *seed: int) -> list[OnlineSample]:
+    """Completions that depend on the prompt's row only."""
+    return [OnlineSample(row, ids, [4 + (5 * row + 3 * t) % 20 for t in range(6)] + [1], True) for row, ids in prompts]
+
+
+def checksum(trainer: SoftPOTrainer) -> str:
+    """Of the reference's weights, gathered."""
+    digest = hashlib.sha256()
+    parameters = list(trainer.ref_model.parameters())
+    with DistributedBackend(trainer.accelerator).gather_params(parameters):
+        for parameter in parameters:
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(world: Path, out: Path, scenario: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    options = {
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "alpha": 0.1,
+        "resample_steps": 2,
+        "online_samples_per_step": 8,
+        "max_completion_length": 8,
+        "gradient_checkpointing": False,
+        **SCENARIOS[scenario],
+    }
+    options["online_samples_per_step"] //= processes
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    args = SoftPOConfig(
+        output_dir=str(out / scenario),
+        per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        # With `use_cpu`, accelerate would run plain DDP in the place of DeepSpeed
+        use_cpu=not deepspeed,
+        ddp_backend="gloo" if deepspeed else None,
+        **options,
+    )
+    trainer = SoftPOTrainer(
+        model=str(world / "model"),
+        args=args,
+        train_dataset=load_from_disk(str(world / "dataset")),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if "lora" in scenario else None,
+    )
+    drawn: list[list[int]] = []
+    if args.beta > 0:
+        draw = trainer.sampler.sample if scenario == "sampling" else given_samples
+
+        def sample(*args):
+            samples = draw(*args)
+            drawn.extend(sample.completion_ids for sample in samples)
+            return samples
+
+        trainer.sampler.sample = sample
+    before = None if trainer.ref_model is None else checksum(trainer)
+    trainer.train()
+    after = None if trainer.ref_model is None else checksum(trainer)
+    trainer.save_model(str(out / scenario))
+    drawn_by_rank = gather_object([drawn])
+    if trainer.accelerator.is_main_process:
+        report = {
+            "distributed_type": str(trainer.accelerator.distributed_type),
+            "processes": trainer.accelerator.num_processes,
+            "reference": [before, after],
+            "drawn": drawn_by_rank,
+            "log": trainer.state.log_history,
+        }
+        (out / scenario / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[3:]:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), name)

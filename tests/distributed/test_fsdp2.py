@@ -1,0 +1,12 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_regularizer_on_sharded_models(world, launch):
+    launch("ddp", Path(__file__).parent / "fsdp2_script.py", str(world))

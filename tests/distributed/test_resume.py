@@ -1,0 +1,67 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed and resumed ends, bit for bit, where the uninterrupted run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parent / "resume_script.py"
+
+
+def run(world: Path, out: Path, kill_at: int = -1, *options: str) -> int:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), str(world), str(out), str(kill_at), *options]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr[-5000:]
+    return result.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory) -> dict[str, Path]:
+    outs = {}
+    for kind in ("full", "lora"):
+        outs[kind] = tmp_path_factory.mktemp(kind)
+        assert run(world, outs[kind], -1, kind) == 0
+    return outs
+
+
+@pytest.mark.parametrize(("kind", "kill_at"), [("full", 3), ("full", 7), ("full", 8), ("lora", 5)])
+def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
+    out = tmp_path / "run"
+    assert run(world, out, kill_at, kind) == -signal.SIGKILL
+    last = kill_at // 2 * 2
+    assert (out / f"checkpoint-{last}").is_dir() and not (out / "final").exists()
+    assert run(world, out, -1, kind) == 0
+
+    name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    expected, found = (load_file(folder / "final" / name) for folder in (uninterrupted[kind], out))
+    assert expected and expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    # The samples at the end are the same too, and as old
+    states = [
+        json.loads((folder / "checkpoint-10" / "online_samples_0.json").read_text())
+        for folder in (uninterrupted[kind], out)
+    ]
+    assert states[0] == states[1] and states[0]["step"] == 9 and states[0]["round"] == 4
+
+
+def test_without_the_samples_it_says_so(world, tmp_path):
+    out = tmp_path / "run"
+    assert run(world, out, 5) == -signal.SIGKILL
+    (out / "checkpoint-4" / "online_samples_0.json").unlink()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), str(world), str(out), "-1"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "new ones are drawn" in result.stderr

@@ -1,0 +1,87 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes against one: DDP and a real DeepSpeed engine (ZeRO-1, 2 and 3), on the CPU."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+SCRIPT = Path(__file__).parent / "soft_po_script.py"
+SAME = ["given_samples", "accumulation", "lora", "lora_checkpointing", "no_kl", "sigmoid_weights"]
+TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+@pytest.fixture(scope="module")
+def single(world, launch, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("single")
+    launch("none", SCRIPT, str(world), str(out), *SAME, "sampling", processes=1)
+    return out
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def two(request, world, launch, tmp_path_factory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp(request.param)
+    launch(request.param, SCRIPT, str(world), str(out), *SAME, "sampling")
+    return request.param, out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = {}
+    for file in folder.glob("*.safetensors"):
+        state.update(load_file(file))
+    return state
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("scenario", SAME)
+def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
+    backend, out = two
+    result = report(out / scenario)
+    assert TYPES[backend] in result["distributed_type"] and result["processes"] == 2
+    expected, found = weights(single / scenario), weights(out / scenario)
+    assert expected and expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    start = weights(world / "model")
+    if start.keys() == expected.keys():  # and they have moved
+        assert max((expected[name] - start[name]).abs().max().item() for name in start) > 1e-3
+    # So do the metrics, at every step
+    for ours, theirs in zip(result["log"][:-1], report(single / scenario)["log"][:-1], strict=True):
+        for name in ("loss", "loss/preference", "rewards/margins", "logps/chosen", "kl/online", "entropy/online"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
+
+
+@pytest.mark.parametrize("scenario", ["given_samples", "sampling"])
+def test_the_reference_never_moves(two, scenario):
+    before, after = report(two[1] / scenario)["reference"]
+    assert before is not None and before == after
+
+
+def test_every_process_draws_its_own_samples(two):
+    first, second = report(two[1] / "sampling")["drawn"]
+    assert len(first) == len(second) == 8 * 32
+    assert first != second
+    assert len({tuple(ids) for ids in first + second}) > 100
+
+
+def test_the_kl_is_that_of_one_process_to_within_noise(single, two):
+    def kl(folder: Path) -> tuple[float, float]:
+        log = report(folder / "sampling")["log"][1:-1]  # at the first step it is 0
+        # 64 samples a step
+        variance = sum(entry["kl/estimator_std"] ** 2 / 64 for entry in log) / len(log) ** 2
+        return statistics.mean(entry["kl/online"] for entry in log), variance
+
+    (ours, our_variance), (theirs, their_variance) = kl(two[1]), kl(single)
+    assert theirs > 0
+    assert abs(ours - theirs) < 4 * (our_variance + their_variance) ** 0.5

@@ -1,0 +1,385 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The package around the trainers: what is imported when, what is shipped, and the command line."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.metadata import requires
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trl_spo
+
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = files("trl_spo").joinpath("accelerate_configs")
+CONFIG_NAMES = ["cpu", "fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def run_python(code, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+class TestImport:
+    def test_loads_no_framework(self):
+        modules = json.loads(run_python("import json, sys, trl_spo; print(json.dumps(list(sys.modules)))"))
+        assert not {"torch", "transformers", "trl", "datasets", "accelerate", "numpy"} & set(modules)
+
+    def test_is_quick(self):
+        code = "import time; start = time.perf_counter(); import trl_spo; print(time.perf_counter() - start)"
+        assert float(run_python(code)) < 1
+
+    def test_public_names(self):
+        assert sorted(trl_spo.__all__) == ["SoftPOConfig", "SoftPOTrainer", "__version__"]
+        assert set(trl_spo.__all__) <= set(dir(trl_spo))
+
+    def test_public_names_are_trl_classes(self):
+        from trl import DPOConfig, DPOTrainer
+
+        assert issubclass(trl_spo.SoftPOConfig, DPOConfig)
+        assert issubclass(trl_spo.SoftPOTrainer, DPOTrainer)
+
+    def test_type_checkers_see_every_public_name(self):
+        # What is imported under TYPE_CHECKING must be what `__getattr__` finds
+        tree = ast.parse(Path(trl_spo.__file__).read_text(encoding="utf-8"))
+        imported = {
+            alias.name: node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for alias in node.names
+        }
+        assert imported == trl_spo._PUBLIC
+
+    def test_unknown_name(self):
+        with pytest.raises(AttributeError, match="module 'trl_spo' has no attribute 'HardPOTrainer'"):
+            trl_spo.HardPOTrainer  # noqa: B018
+
+
+class TestMetadata:
+    def test_version(self, pyproject):
+        assert trl_spo.__version__ == pyproject["project"]["version"]
+
+    def test_version_is_in_the_changelog(self):
+        assert f"## [{trl_spo.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+    def test_version_is_in_the_citation(self):
+        citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+        assert citation["version"] == trl_spo.__version__
+
+    def test_trl_window_is_that_of_compat(self, pyproject):
+        from packaging.requirements import Requirement
+        from packaging.version import Version
+
+        from trl_spo._compat import TRL_BELOW, TRL_MIN
+
+        requirement = next(r for r in map(Requirement, pyproject["project"]["dependencies"]) if r.name == "trl")
+        window = {specifier.operator: Version(specifier.version) for specifier in requirement.specifier}
+        assert window == {">=": Version(TRL_MIN), "<": Version(TRL_BELOW)}
+
+    def test_constraints_pin_every_direct_dependency(self, pyproject):
+        def names(requirements):
+            return {re.match(r"[\w.-]+", r).group().lower().replace("_", "-") for r in requirements}
+
+        lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        pins = [line for line in lines if line and not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+        extras = pyproject["project"]["optional-dependencies"]
+        # vLLM has to match the machine's CUDA: it is not pinned
+        direct = names(pyproject["project"]["dependencies"]).union(*map(names, extras.values())) | {"deepspeed"}
+        assert direct - {"trl-spo"} <= names(pins)
+
+    def test_installed_metadata_is_current(self, pyproject):
+        runtime = [requirement for requirement in requires("trl-spo") if "extra ==" not in requirement]
+        assert len(runtime) == len(pyproject["project"]["dependencies"])
+
+    def test_ships_type_hints_and_templates(self):
+        assert files("trl_spo").joinpath("py.typed").is_file()
+        assert files("trl_spo").joinpath("templates/model_card.md").is_file()
+
+
+class TestAccelerateConfigs:
+    def test_names(self):
+        assert sorted(file.name for file in CONFIGS.iterdir()) == [f"{name}.yaml" for name in CONFIG_NAMES]
+
+    @pytest.mark.parametrize("name", CONFIG_NAMES)
+    def test_accelerate_reads_it(self, name):
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # raises on keys that it does not know
+        # -1: left open, so that `--num_processes` decides
+        assert config.num_processes == (1 if name in ("cpu", "single_gpu") else -1)
+        assert config.mixed_precision == ("no" if name == "cpu" else "bf16")
+        if name.startswith("zero"):
+            assert config.deepspeed_config["zero_stage"] == int(name[4])
+            offload = "cpu" if name.endswith("offload") else "none"
+            assert config.deepspeed_config["offload_optimizer_device"] == offload
+
+    @pytest.mark.parametrize("name", CONFIG_NAMES)
+    def test_num_processes_can_be_overridden(self, name):
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+        arguments = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2", "script.py"]
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+        assert args.num_processes == 2
+
+    def test_by_name_or_path(self, tmp_path):
+        from trl_spo.cli.launch import accelerate_config_path
+
+        assert accelerate_config_path("zero3") == str(CONFIGS / "zero3.yaml")
+        own = tmp_path / "own.yaml"
+        own.touch()
+        assert accelerate_config_path(str(own)) == str(own)
+        with pytest.raises(
+            ValueError, match="zero4` is neither a file nor a packaged config.*cpu, fsdp2.*zero3_offload"
+        ):
+            accelerate_config_path("zero4")
+
+
+class TestCommand:
+    def run(self, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "trl_spo.cli.main", *arguments], capture_output=True, text=True, timeout=300
+        )
+
+    def test_help_is_quick_and_lists_the_commands(self):
+        start = time.perf_counter()
+        result = self.run("--help")
+        assert time.perf_counter() - start < 3  # the interpreter's own start included
+        assert result.returncode == 0
+        assert "demo" in result.stdout and "soft-po" in result.stdout
+
+    def test_version(self):
+        assert self.run("--version").stdout.strip() == f"trl-spo {trl_spo.__version__}"
+
+    def test_unknown_command(self):
+        result = self.run("hard-po")
+        assert result.returncode == 2
+        assert "invalid choice: 'hard-po'" in result.stderr
+
+    def test_every_command_has_its_file(self):
+        from trl_spo.cli.main import TOOLS, TRAINERS
+
+        folder = Path(trl_spo.__file__).parent / "cli"
+        assert all((folder / f"{name.replace('-', '_')}.py").is_file() for name in [*TOOLS, *TRAINERS])
+
+    def test_help_of_the_demo(self):
+        result = self.run("demo", "--help")
+        assert result.returncode == 0, result.stderr
+        assert "usage: trl-spo demo" in result.stdout
+
+    # The others in this process, since importing TRL takes seconds
+
+    def run_here(self, capsys, *arguments):
+        from trl_spo.cli.main import main
+
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        return stop.value.code, capsys.readouterr()
+
+    def test_help_of_a_training(self, capsys):
+        code, captured = self.run_here(capsys, "soft-po", "--help")
+        assert code == 0
+        for option in ("--alpha", "--resample_steps", "--dataset_name", "--model_name_or_path", "--learning_rate"):
+            assert option in captured.out
+
+    def test_misspelled_option_of_a_training(self, capsys):
+        code, captured = self.run_here(capsys, "soft-po", "--learning_rates", "1e-5")
+        assert code == 2
+        assert "--learning_rates is an option neither of the training nor of `accelerate launch`" in captured.err
+        assert "did you mean --learning_rate?" in captured.err
+
+    def test_unknown_accelerate_config(self, capsys):
+        code, captured = self.run_here(capsys, "soft-po", "--accelerate_config", "zero4")
+        assert code == 2
+        assert "`--accelerate_config zero4` is neither a file nor a packaged config" in captured.err
+
+
+class TestSplitArguments:
+    @pytest.fixture
+    def parser(self):
+        from trl_spo.cli.soft_po import make_parser
+
+        return make_parser()
+
+    def test_command_line(self, parser):
+        from trl_spo.cli.launch import split_arguments
+
+        arguments = [
+            "--alpha",
+            "2",
+            "--num_processes",
+            "2",
+            "--use_cpu",
+            "--mixed_precision",
+            "no",
+            "--max_steps",
+            "2",
+        ]
+        launch, training = split_arguments(parser, arguments)
+        assert launch == ["--num_processes", "2", "--mixed_precision", "no"]
+        assert training == ["--alpha", "2", "--use_cpu", "--max_steps", "2"]
+
+    def test_file_then_command_line(self, parser, tmp_path, monkeypatch):
+        from trl_spo.cli.launch import split_arguments
+
+        monkeypatch.setenv("TRL_SPO_TEST", "before")
+        file = tmp_path / "config.yaml"
+        file.write_text("alpha: 0.3\naccelerate_config: zero2\nmulti_gpu: true\nenv:\n  TRL_SPO_TEST: 1\n")
+        launch, training = split_arguments(parser, ["--config", str(file), "--accelerate_config", "zero3"])
+        assert launch == ["--accelerate_config", "zero2", "--multi_gpu", "--accelerate_config", "zero3"]
+        assert training == ["--config", str(file)]
+        assert os.environ["TRL_SPO_TEST"] == "1"
+
+
+class TestDocs:
+    """What the documentation says in a second place."""
+
+    @pytest.fixture
+    def page(self):
+        return (ROOT / "docs" / "soft_po.md").read_text(encoding="utf-8")
+
+    def test_every_option_stands_on_the_page_with_its_default(self, page):
+        from dataclasses import MISSING, fields
+
+        table = page.split("\n## Options\n")[1].split("\n## ")[0]
+        cells = {}
+        for names, default in re.findall(r"^\| (.+?) \| (.+?) \|", table, re.MULTILINE):
+            cells |= dict.fromkeys(re.findall(r"`(\w+\*?)`", names), default)
+        own = [field for field in fields(trl_spo.SoftPOConfig) if field.name in trl_spo.SoftPOConfig.__annotations__]
+        words = {"none": None, "true": True, "false": False}
+        for field in own:
+            if field.name.startswith("vllm_"):
+                assert "vllm_*" in cells
+            elif cells[field.name] not in ("neutral", "as many"):
+                cell = cells[field.name]
+                default = field.default if field.default is not MISSING else field.default_factory()
+                assert (words[cell] if cell in words else ast.literal_eval(cell.strip("`"))) == default, field.name
+        assert set(cells) - {"vllm_*"} <= {field.name for field in own}
+
+    def test_every_refused_option_stands_on_the_page(self, page):
+        from trl_spo.soft_po.soft_po_config import _DPO_ONLY_OPTIONS
+
+        section = page.split("\n## Options\n")[1].split("\n## ")[0]
+        assert [name for name in _DPO_ONLY_OPTIONS if f"`{name}`" not in section] == []
+
+    def test_recipe_has_only_known_options(self):
+        from trl_spo.cli.launch import split_arguments
+        from trl_spo.cli.soft_po import make_parser
+
+        launch, _ = split_arguments(make_parser(), ["--config", str(ROOT / "examples" / "soft_po.yaml")])
+        assert launch == []
+
+    @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+    def test_links_of_the_readme(self, page):
+        # Those of docs/ are checked by the strict build
+        for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), target
+
+
+class TestLoadDataset:
+    ROWS = [{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "d", "chosen": " e", "rejected": " f"}]
+
+    def load(self, name, **options):
+        from trl import ScriptArguments
+
+        from trl_spo.cli.training import load_dataset
+
+        return load_dataset(ScriptArguments(dataset_name=str(name), **options))
+
+    @pytest.fixture
+    def dataset(self):
+        from datasets import Dataset
+
+        return Dataset.from_list(self.ROWS)
+
+    def test_saved_to_disk(self, dataset, tmp_path):
+        dataset.save_to_disk(tmp_path / "one")
+        assert self.load(tmp_path / "one")["train"].to_list() == self.ROWS
+
+    def test_splits_saved_to_disk(self, dataset, tmp_path):
+        from datasets import DatasetDict
+
+        DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(tmp_path / "two")
+        loaded = self.load(tmp_path / "two")
+        assert {split: len(rows) for split, rows in loaded.items()} == {"train": 2, "test": 1}
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet", ".csv"])
+    def test_file(self, dataset, tmp_path, suffix):
+        path = tmp_path / f"pairs{suffix}"
+        if suffix == ".parquet":
+            dataset.to_parquet(path)
+        elif suffix == ".csv":
+            dataset.to_csv(path)
+        else:
+            dataset.to_json(path, compression="gzip" if suffix.endswith("gz") else None)
+        assert self.load(path)["train"].to_list() == self.ROWS
+        assert list(self.load(path, dataset_streaming=True)["train"]) == self.ROWS
+
+    def test_folder_of_files(self, dataset, tmp_path):
+        dataset.to_json(tmp_path / "train.jsonl")
+        dataset.to_json(tmp_path / "test.jsonl")
+        assert set(self.load(tmp_path)) == {"train", "test"}
+
+    def test_unknown_file(self, tmp_path):
+        path = tmp_path / "pairs.txt"
+        path.touch()
+        with pytest.raises(ValueError, match=r"pairs.txt, which is none of .json, .jsonl, .parquet, .csv"):
+            self.load(path)
+
+    def test_no_name(self):
+        from trl import ScriptArguments
+
+        from trl_spo.cli.training import load_dataset
+
+        with pytest.raises(ValueError, match="pass `--dataset_name`"):
+            load_dataset(ScriptArguments())
+
+    def test_missing_split(self, dataset):
+        from types import SimpleNamespace
+
+        from datasets import DatasetDict
+        from trl import ScriptArguments
+
+        from trl_spo.cli.training import get_splits
+
+        splits = DatasetDict({"train": dataset})
+        train_dataset, eval_dataset = get_splits(splits, ScriptArguments(), SimpleNamespace(eval_strategy="no"))
+        assert train_dataset is splits["train"] and eval_dataset is None
+        with pytest.raises(ValueError, match="`dataset_test_split` is 'test', but the dataset has only: train"):
+            get_splits(splits, ScriptArguments(), SimpleNamespace(eval_strategy="steps"))
+
+
+class TestCheckpoint:
+    def test_last(self, tmp_path):
+        from types import SimpleNamespace
+
+        from trl_spo.cli.training import get_checkpoint
+
+        def find(value, folder=tmp_path):
+            return get_checkpoint(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(folder)))
+
+        assert find(None) is None
+        assert find("somewhere/checkpoint-5") == "somewhere/checkpoint-5"
+        assert find("last", tmp_path / "not there") is None
+        assert find("last") is None
+        for step in (8, 16):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+        assert find("last") == str(tmp_path / "checkpoint-16")
