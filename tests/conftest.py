@@ -55,9 +55,7 @@ def tokenizer_path(tmp_path_factory):
     tokenizer.decoder = decoders.Metaspace()
     special_tokens = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     alphabet = list(string.ascii_letters + string.digits + string.punctuation)
-    trainer = BpeTrainer(
-        vocab_size=200, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = BpeTrainer(vocab_size=200, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path = tmp_path_factory.mktemp("tokenizer")

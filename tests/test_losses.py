@@ -46,7 +46,10 @@ class TestPreferenceLosses:
     def test_best_of_n_by_its_definition(self, alpha):
         p = torch.rand(6, 4) + 0.1
         best = torch.tensor([0, 1, 2, 3, 0, 2])
-        by_hand = [-math.log(row[b] ** alpha / sum(q**alpha for q in row)) / alpha for row, b in zip(p.tolist(), best, strict=True)]
+        by_hand = [
+            -math.log(row[b] ** alpha / sum(q**alpha for q in row)) / alpha
+            for row, b in zip(p.tolist(), best, strict=True)
+        ]
         torch.testing.assert_close(losses.soft_best_of_n_loss(p.log(), best, alpha), torch.tensor(by_hand))
 
     @pytest.mark.parametrize("alpha", ALPHAS)
@@ -173,9 +176,7 @@ class TestTheorem:
         assert (ranked - expected).abs().sum() / 2 < 1e-4
         best = torch.zeros(len(lists), dtype=torch.long)
         first = w[:, 0] / w.sum(1)
-        best_of_3 = self._minimise(
-            lambda logps: (first * losses.soft_best_of_n_loss(logps[lists], best, alpha)).sum()
-        )
+        best_of_3 = self._minimise(lambda logps: (first * losses.soft_best_of_n_loss(logps[lists], best, alpha)).sum())
         assert (best_of_3 - expected).abs().sum() / 2 < 1e-4
 
 
@@ -255,7 +256,9 @@ class TestKL:
         terms = self._terms()
         score = losses.score_kl(terms, self.policy.token_logps())
         for per_sample in (terms.sum(1), score):
-            torch.testing.assert_close((self.probabilities * per_sample).sum().detach(), self.exact, rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                (self.probabilities * per_sample).sum().detach(), self.exact, rtol=1e-12, atol=0
+            )
 
     def test_the_score_gradient_is_exact_and_the_token_gradient_is_not(self):
         assert self._gradient_error(losses.score_kl(self._terms(), self.policy.token_logps())) < 1e-10

@@ -194,9 +194,7 @@ class TestByHand:
         prompts = ["the film", "a good story", "I would"]
         with torch.no_grad():
             first = [model(torch.tensor([tokenizer(p).input_ids])).logits[0, -1].argmax().item() for p in prompts]
-        dataset = Dataset.from_list(
-            [{"prompt": p, "chosen": " was", "rejected": " was not good"} for p in prompts]
-        )
+        dataset = Dataset.from_list([{"prompt": p, "chosen": " was", "rejected": " was not good"} for p in prompts])
         trainer = make_trainer({"train_dataset": dataset}, beta=0.0, max_steps=1, learning_rate=0.0)
         rows = trainer.train_dataset.to_list()
         for row, token in zip(rows, first, strict=True):
@@ -204,7 +202,8 @@ class TestByHand:
         trainer.train_dataset = Dataset.from_list(rows)
         with torch.no_grad():
             second = [
-                model(torch.tensor([row["prompt_ids"] + row["chosen_ids"][:1]])).logits[0, -1].argmax().item() for row in rows
+                model(torch.tensor([row["prompt_ids"] + row["chosen_ids"][:1]])).logits[0, -1].argmax().item()
+                for row in rows
             ]
         right = len(first) + sum(token == tokenizer.pad_token_id for token in second)
         assert train_log(trainer)[0]["mean_token_accuracy"] == pytest.approx(right / 6)

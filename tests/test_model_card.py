@@ -43,7 +43,13 @@ class TestModelCard:
 
     def test_settings(self, make_trainer, card_of):
         trainer = make_trainer(
-            alpha=0.25, beta=0.075, resample_steps=3, calibration="none", weighting="power", gamma=0.02, kl_estimator="score"
+            alpha=0.25,
+            beta=0.075,
+            resample_steps=3,
+            calibration="none",
+            weighting="power",
+            gamma=0.02,
+            kl_estimator="score",
         )
         rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", card_of(trainer).text, re.M))
         assert rows == {
@@ -96,9 +102,10 @@ class TestModelCard:
         assert "fine-tuned version of [org/base](https://huggingface.co/org/base)" in card.text
 
     def test_dataset_in_the_text(self, make_trainer, card_of):
-        assert "on the [org/pairs](https://huggingface.co/datasets/org/pairs) dataset" in card_of(
-            make_trainer(), dataset_name="org/pairs"
-        ).text
+        assert (
+            "on the [org/pairs](https://huggingface.co/datasets/org/pairs) dataset"
+            in card_of(make_trainer(), dataset_name="org/pairs").text
+        )
 
     def test_saved_with_each_checkpoint(self, make_trainer):
         trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=1)

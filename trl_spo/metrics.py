@@ -43,7 +43,9 @@ class MetricTotals:
         total[1] += values.sum().item()
         total[2] += values.square().sum().item()
 
-    def add_effective_share(self, name: str, weights: torch.Tensor, squares: torch.Tensor, counts: torch.Tensor) -> None:
+    def add_effective_share(
+        self, name: str, weights: torch.Tensor, squares: torch.Tensor, counts: torch.Tensor
+    ) -> None:
         """Adds to the effective sample size `(Σ μ)² / Σ μ²`, as a share of the number of weights."""
         total = self._masses.setdefault(name, [0.0, 0.0, 0.0])
         total[0] += weights.sum().item()

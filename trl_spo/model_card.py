@@ -39,6 +39,8 @@ def save_model_card(
     base_model = get_config_model_id(trainer.model.config)
     if not base_model or os.path.isdir(base_model):
         base_model = None
+    if dataset_name and os.path.exists(dataset_name):  # not a dataset of the Hub, which its metadata wants
+        dataset_name = None
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     tags = ["generated_from_trainer", *trainer._tag_names, *(tag for tag in tags if tag not in trainer._tag_names)]
     model_name = model_name or os.path.basename(os.path.normpath(trainer.args.output_dir))
@@ -61,6 +63,8 @@ def save_model_card(
         trainer_class=type(trainer).__name__,
         paper=trainer._paper,
         settings=settings,
-        versions={name: version(name) for name in ("trl_spo", "trl", "transformers", "torch", "datasets", "tokenizers")},
+        versions={
+            name: version(name) for name in ("trl_spo", "trl", "transformers", "torch", "datasets", "tokenizers")
+        },
     )
     card.save(os.path.join(trainer.args.output_dir, "README.md"))

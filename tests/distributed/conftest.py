@@ -50,7 +50,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Dataset.from_list(
         [
-            {"prompt": "say " + text(2), "chosen": " " + text(3 + i % 3) + " ", "rejected": " " + text(2 + i % 4) + " "}
+            {
+                "prompt": "say " + text(2),
+                "chosen": " " + text(3 + i % 3) + " ",
+                "rejected": " " + text(2 + i % 4) + " ",
+            }
             for i in range(64)
         ]
     ).save_to_disk(str(folder / "dataset"))

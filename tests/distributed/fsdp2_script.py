@@ -52,7 +52,9 @@ def main(world: Path) -> None:
     prompts = [(row, [3, 4 + row, 5 + row]) for row in range(8)]
     mine = prompts[4 * accelerator.process_index :][:4]
     for args in configs:
-        whole = gradient(copy.deepcopy(policy), copy.deepcopy(reference), given_samples(None, prompts), args, accelerator)
+        whole = gradient(
+            copy.deepcopy(policy), copy.deepcopy(reference), given_samples(None, prompts), args, accelerator
+        )
         sharded = gradient(
             shard(copy.deepcopy(policy)), shard(copy.deepcopy(reference)), given_samples(None, mine), args, accelerator
         )

@@ -28,7 +28,12 @@ SCENARIOS = {
     "given_samples": {"beta": 0.5},
     "accumulation": {"beta": 0.5, "gradient_accumulation_steps": 2},
     "lora": {"beta": 0.5, "learning_rate": 1e-2},
-    "lora_checkpointing": {"beta": 0.5, "learning_rate": 1e-2, "gradient_checkpointing": True, "kl_estimator": "score"},
+    "lora_checkpointing": {
+        "beta": 0.5,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": True,
+        "kl_estimator": "score",
+    },
     "no_kl": {"beta": 0.0, "calibration": "none", "alpha": 0.5},
     "sigmoid_weights": {
         "beta": 0.0,

@@ -51,7 +51,9 @@ def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
     expected, found = weights(single / scenario), weights(out / scenario)
     assert expected and expected.keys() == found.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
     start = weights(world / "model")
     if start.keys() == expected.keys():  # and they have moved
         assert max((expected[name] - start[name]).abs().max().item() for name in start) > 1e-3

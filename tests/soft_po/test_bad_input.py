@@ -94,7 +94,9 @@ class TestNumbers:
     def test_on_the_bound(self, make_args, kwargs):
         make_args(**kwargs)
 
-    @pytest.mark.parametrize(("size", "remedy"), [(6, "use 8"), (3, "use 4"), (13, "use 12"), (0, "use 4"), (-4, "use 4")])
+    @pytest.mark.parametrize(
+        ("size", "remedy"), [(6, "use 8"), (3, "use 4"), (13, "use 12"), (0, "use 4"), (-4, "use 4")]
+    )
     def test_buffer_that_the_steps_do_not_divide(self, make_args, size, remedy):
         with Refused(f"`online_buffer_size` ({size})", "multiple of `online_samples_per_step` (4)", remedy):
             make_args(online_samples_per_step=4, online_buffer_size=size)
@@ -158,7 +160,9 @@ class TestOptionsOfDPO:
     def test_refused(self, make_args, option, value):
         shown = [value] if option == "loss_type" and isinstance(value, str) else value
         default = getattr(DPOConfig(output_dir="unused", bf16=False, use_cpu=True), option)
-        with Refused(f"`{option}={shown!r}`", "Soft PO does not read", f"its default ({default!r})", "`trl.DPOTrainer`"):
+        with Refused(
+            f"`{option}={shown!r}`", "Soft PO does not read", f"its default ({default!r})", "`trl.DPOTrainer`"
+        ):
             make_args(**{option: value})
 
     @pytest.mark.parametrize(("option", "value"), [("ref_model_mixup_alpha", 0.9), ("ref_model_sync_steps", 64)])
@@ -207,7 +211,13 @@ class TestSampling:
 
     @pytest.mark.parametrize(
         ("option", "value"),
-        [("do_sample", False), ("num_beams", 4), ("typical_p", 0.9), ("frequency_penalty", 0.5), ("presence_penalty", 1.0)],
+        [
+            ("do_sample", False),
+            ("num_beams", 4),
+            ("typical_p", 0.9),
+            ("frequency_penalty", 0.5),
+            ("presence_penalty", 1.0),
+        ],
     )
     def test_refused_in_generation_kwargs(self, make_args, option, value):
         with Refused(f"`{option}={value}` is not supported", "another divergence"):
@@ -439,7 +449,9 @@ class TestIdenticalResponses:
 class TestModels:
     def test_reference_with_another_vocabulary(self, make_trainer, tokenizer):
         reference = LlamaForCausalLM(
-            LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=77)
+            LlamaConfig(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=77
+            )
         )
         with Refused(
             "`ref_model` has a vocabulary of 77 tokens", f"`model` one of {len(tokenizer)}", "Pass a `ref_model`"
@@ -521,7 +533,9 @@ class TestNonFinite:
 
     def test_loss(self, make_trainer):
         trainer = make_trainer({"callbacks": [_SetWeights(math.nan)]}, beta=0.0, max_steps=3, data_seed=0)
-        with Refused("The loss is not finite at step 1", "rows [", "Try a smaller `learning_rate`", error=FloatingPointError):
+        with Refused(
+            "The loss is not finite at step 1", "rows [", "Try a smaller `learning_rate`", error=FloatingPointError
+        ):
             trainer.train()
         assert trainer.state.global_step == 1
 

@@ -46,8 +46,9 @@ class TestPairs:
 
     def test_eos_is_not_added_twice(self, make_trainer, tokenizer, pairs):
         with_eos = pairs.map(lambda row: {"chosen": row["chosen"] + "</s>"})
-        assert make_trainer({"train_dataset": with_eos}).train_dataset["chosen_ids"] == (
-            make_trainer().train_dataset["chosen_ids"]
+        assert (
+            make_trainer({"train_dataset": with_eos}).train_dataset["chosen_ids"]
+            == (make_trainer().train_dataset["chosen_ids"])
         )
 
     def test_implicit_prompt(self, make_trainer, conversations):
@@ -73,7 +74,9 @@ class TestPairs:
         assert prompt.startswith("<|system|>") and "name" in prompt and "watch" in prompt
         assert prompt.endswith("<|assistant|>")
         assert tokenizer.decode(row["chosen_ids"]).endswith("<|end|>")
-        assert "watch" not in tokenizer.decode(make_trainer({"train_dataset": conversations}).train_dataset[0]["prompt_ids"])
+        assert "watch" not in tokenizer.decode(
+            make_trainer({"train_dataset": conversations}).train_dataset[0]["prompt_ids"]
+        )
 
     def test_own_column_of_row_ids_is_replaced(self, make_trainer, pairs):
         dataset = pairs.add_column("row_id", [7] * len(pairs))
@@ -140,7 +143,12 @@ class TestLists:
 @pytest.fixture
 def examples():
     return [
-        {"prompt_ids": [1, 10, 11], "completion_ids": [[20, 2], [21, 22, 2], [23, 2]], "ranks": [1, 0, 2], "row_id": 5},
+        {
+            "prompt_ids": [1, 10, 11],
+            "completion_ids": [[20, 2], [21, 22, 2], [23, 2]],
+            "ranks": [1, 0, 2],
+            "row_id": 5,
+        },
         {"prompt_ids": [1], "completion_ids": [[24, 2], [25, 26, 27, 28, 2]], "ranks": [0, 1], "row_id": 9},
     ]
 
@@ -205,7 +213,9 @@ class TestCollator:
 
     def test_precomputed_reference(self):
         example = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "row_id": 0}
-        batch = DataCollatorForSoftPO(pad_token_id=0)([{**example, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}])
+        batch = DataCollatorForSoftPO(pad_token_id=0)(
+            [{**example, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}]
+        )
         assert batch["ref_chosen_logps"].tolist() == [-1.5] and batch["ref_rejected_logps"].tolist() == [-2.5]
 
 
@@ -221,7 +231,11 @@ class TestStreams:
         finals = []
         for dataset in (pairs, stream(pairs)):
             trainer = make_trainer(
-                {"train_dataset": dataset}, beta=0.0, per_device_train_batch_size=8, max_steps=2, dataloader_drop_last=True
+                {"train_dataset": dataset},
+                beta=0.0,
+                per_device_train_batch_size=8,
+                max_steps=2,
+                dataloader_drop_last=True,
             )
             trainer.train()
             finals.append(weights_of(trainer.model))
@@ -278,9 +292,7 @@ class TestPrompts:
         assert prompts == {tuple(tokenizer(prompt).input_ids) for prompt in dataset["prompt"]}
 
     def test_conversational_regularization_dataset(self, make_trainer, tokenizer):
-        dataset = Dataset.from_dict(
-            {"prompt": [[{"role": "user", "content": "a dog"}]], "tools": [json.dumps(TOOLS)]}
-        )
+        dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a dog"}]], "tools": [json.dumps(TOOLS)]})
         trainer = make_trainer({"regularization_dataset": dataset})
         prompt = tokenizer.decode(trainer._prompts.take(0, 1)[0][1])
         assert prompt.startswith("<|system|>") and prompt.endswith("<|assistant|>") and "a dog" in prompt

@@ -175,7 +175,13 @@ class TestGlobalRegularizer:
             """Largest change of the log-odds of the rest within itself, and KL to the reference."""
             model = world.load(folder)
             dataset = world.population_pairs(rewards, copies=10, subset=half)
-            options = {"alpha": 0.5, "beta": beta, "calibration": "none", "online_samples_per_step": 64, "resample_steps": 2}
+            options = {
+                "alpha": 0.5,
+                "beta": beta,
+                "calibration": "none",
+                "online_samples_per_step": 64,
+                "resample_steps": 2,
+            }
             _train(world, model, dataset, tmp_path, max_steps=200, **options)
             with torch.no_grad():
                 logps = world.log_probs(model)[0].double()

@@ -19,9 +19,25 @@ TRAINING_ONLY = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tok
 def held_out():
     return Dataset.from_dict(
         {
-            "prompt": ["the dog", "a bad story with", "my friends said that", "he was", "I was", "a film", "the night is"],
+            "prompt": [
+                "the dog",
+                "a bad story with",
+                "my friends said that",
+                "he was",
+                "I was",
+                "a film",
+                "the night is",
+            ],
             "chosen": [" is good", " a great ending", " it ends", " not home", " sad", " was great and well", " long"],
-            "rejected": [" is bad", " was", " the story was slow and sad", " home", " there", " not", " not so long and sad"],
+            "rejected": [
+                " is bad",
+                " was",
+                " the story was slow and sad",
+                " home",
+                " there",
+                " not",
+                " not so long and sad",
+            ],
         }
     )
 
@@ -168,7 +184,9 @@ class _Evaluate(TrainerCallback):
 
 class TestTrainingIsNotDisturbed:
     @pytest.mark.parametrize("how", ["strategy", "callback"])
-    def test_same_weights_and_metrics(self, make_trainer, load_model, model_path, train_log, weights_of, held_out, how):
+    def test_same_weights_and_metrics(
+        self, make_trainer, load_model, model_path, train_log, weights_of, held_out, how
+    ):
         finals, logs = [], []
         for evaluates in (False, True):
             # With dropout, so that random numbers that evaluation took would show
@@ -253,7 +271,9 @@ class TestDatasets:
     @pytest.mark.parametrize("fresh", [False, True])
     def test_several(self, make_trainer, held_out, pairs, fresh):
         datasets = {"films": held_out, "dogs": pairs}
-        alone = {name: figures(make_trainer({"eval_dataset": dataset}).evaluate()) for name, dataset in datasets.items()}
+        alone = {
+            name: figures(make_trainer({"eval_dataset": dataset}).evaluate()) for name, dataset in datasets.items()
+        }
         if fresh:
             metrics = make_trainer().evaluate(datasets)
         else:

@@ -85,7 +85,9 @@ class TestAgainstPlainLogits:
         )
         by_hand = {name: parameter.grad for name, parameter in model.named_parameters()}
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, by_hand[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, by_hand[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
         difference = torch.stack([(gradients[name] - by_hand[name]).norm() for name in gradients]).norm()
         assert difference < 1e-5 * torch.stack([gradient.norm() for gradient in by_hand.values()]).norm()
 
@@ -206,7 +208,9 @@ class TestStaleness:
         trainer, samples = setting()
         perturb(trainer.model, seed=2, scale=0.05)
         output = trainer.online_kl(trainer.model, samples)
-        logps = [token_logps(trainer.model, sample.prompt_ids, sample.completion_ids).sum().item() for sample in samples]
+        logps = [
+            token_logps(trainer.model, sample.prompt_ids, sample.completion_ids).sum().item() for sample in samples
+        ]
         expected = torch.exp(torch.tensor(logps) - torch.tensor([sample.old_logp for sample in samples]))
         torch.testing.assert_close(output.ratio, expected, rtol=1e-4, atol=1e-5)
 
@@ -300,7 +304,9 @@ class TestTraining:
     @pytest.mark.parametrize("estimator", ["token", "score"])
     def test_gradient_of_a_step(self, make_trainer, perturb, estimator):
         # By hand: the step of SGD is the learning rate times ∇(preference loss + β mean KL)
-        trainer = make_trainer(beta=3.0, kl_estimator=estimator, max_steps=1, learning_rate=1e-3, online_samples_per_step=4)
+        trainer = make_trainer(
+            beta=3.0, kl_estimator=estimator, max_steps=1, learning_rate=1e-3, online_samples_per_step=4
+        )
         perturb(trainer.model)
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         batches = []

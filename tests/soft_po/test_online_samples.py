@@ -102,7 +102,10 @@ class TestDistribution:
         model = load_model(model_path)
         set_generation_config(model, **LEAKS)
         trainer = make_trainer(
-            {"model": model, "peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM") if peft else None}
+            {
+                "model": model,
+                "peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM") if peft else None,
+            }
         )
         holders = [trainer.model, trainer.model.get_base_model()] if peft else [trainer.model]
         before = [(holder.generation_config, holder.generation_config.to_dict()) for holder in holders]
@@ -197,7 +200,9 @@ class TestRandomness:
 
 class TestWhenSamplesAreDrawn:
     @pytest.mark.parametrize("accumulation", [1, 2])
-    @pytest.mark.parametrize(("resample_steps", "steps"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (8, [0])])
+    @pytest.mark.parametrize(
+        ("resample_steps", "steps"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (8, [0])]
+    )
     def test_every_resample_steps(self, make_trainer, monkeypatch, resample_steps, steps, accumulation):
         trainer = make_trainer(
             resample_steps=resample_steps,
@@ -229,7 +234,8 @@ class TestWhenSamplesAreDrawn:
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     @pytest.mark.parametrize(
-        ("size", "steps"), [(4, ["0123", "0123", "0123"]), (8, ["0123", "4567", "0123"]), (12, ["0123", "4567", "89AB"])]
+        ("size", "steps"),
+        [(4, ["0123", "0123", "0123"]), (8, ["0123", "4567", "0123"]), (12, ["0123", "4567", "89AB"])],
     )
     def test_dealt_in_turn(self, make_trainer, monkeypatch, size, steps, accumulation):
         trainer = make_trainer(
@@ -378,7 +384,12 @@ class TestVLLM:
 
     def test_training(self, make_trainer, train_log, vllm, pairs):
         trainer = make_trainer(
-            {"eval_dataset": pairs}, use_vllm=True, resample_steps=2, max_steps=4, online_samples_per_step=3, eval_online_samples=5
+            {"eval_dataset": pairs},
+            use_vllm=True,
+            resample_steps=2,
+            max_steps=4,
+            online_samples_per_step=3,
+            eval_online_samples=5,
         )
         log = train_log(trainer)
         (instance,) = vllm.instances

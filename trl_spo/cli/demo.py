@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     baseline = [reward(story) for story in samples.stories]
     print(f"   for example ({baseline[0]:+.1f}): {samples.stories[0]}")
 
-    print(f"2. {len(_methods())} trainings: {args.steps} steps of 16 pairs, learning rate {LEARNING_RATE:g}, seed {args.seed}")
+    print(
+        f"2. {len(_methods())} trainings: {args.steps} steps of 16 pairs, learning rate {LEARNING_RATE:g}, seed {args.seed}"
+    )
     before = _measure(reference, reference, world, eval_pairs, baseline, args.seed)
     rows, curves = {"pretrained": before}, {}
     for name, options in _methods().items():

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .._compat import DataCollatorForPreference, _tokenize, common_prefix_length, is_conversational, pad
+from ..losses import competitors
+from .soft_po_config import SoftPOConfig
 
 
 logger = get_logger(__name__)
@@ -142,22 +145,25 @@ def _ranks(example: dict[str, Any]) -> list[int]:
     return [sum(other > score for other in set(example["scores"])) for score in example["scores"]]
 
 
-def tokenize_lists(
+def prepare_lists(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase,
-    map_kwargs: dict[str, Any],
+    args: SoftPOConfig,
+    name: str,
 ) -> Dataset | IterableDataset:
     """
     Tokenizes lists as `DPOTrainer` does pairs: chat templates and tools applied, EOS added to what is not conversational,
-    the completions starting where they diverge from the tokenized prompt.
+    the completions starting where they diverge from the tokenized prompt, prompts that fill `max_length` dropped.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Lists, checked with [`check_preferences`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer.
-        map_kwargs (`dict[str, Any]`):
-            Arguments of `map`.
+        args ([`SoftPOConfig`]):
+            Configuration.
+        name (`str`):
+            What the messages call the dataset.
 
     Returns:
         The dataset with the columns `prompt_ids`, `completion_ids` (one list of ids a completion) and `ranks`.
@@ -169,7 +175,9 @@ def tokenize_lists(
             tools = example.get("tools")
             tools = json.loads(tools) if isinstance(tools, str) else tools
             template_kwargs = {"tools": tools, **(example.get("chat_template_kwargs") or {})}
-            prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]
+            prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **template_kwargs)[
+                "input_ids"
+            ]
             full = [
                 _tokenize(processing_class, prompt + completion, **template_kwargs)["input_ids"]
                 for completion in example["completions"]
@@ -188,7 +196,7 @@ def tokenize_lists(
             "ranks": _ranks(example),
         }
 
-    return dataset.map(tokenize, **map_kwargs)
+    return _tokenize_and_drop(dataset, tokenize, args, name)
 
 
 def add_row_ids(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -241,26 +249,95 @@ class DataCollatorForSoftPO(DataCollatorForPreference):
         }
 
 
-def tokenize_prompts(
+def prepare_prompts(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase,
-    map_kwargs: dict[str, Any],
+    args: SoftPOConfig,
+    name: str,
 ) -> Dataset | IterableDataset:
-    """Tokenizes the `prompt` column, standard or conversational, into `prompt_ids`."""
+    """Tokenizes the `prompt` column, standard or conversational, into `prompt_ids`, and drops as [`prepare_lists`] does."""
 
     def tokenize(example: dict[str, Any]) -> dict[str, Any]:
         template_kwargs: dict[str, Any] = {}
         if is_conversational({"prompt": example["prompt"]}):
             tools = example.get("tools")
             tools = json.loads(tools) if isinstance(tools, str) else tools
-            template_kwargs = {"tools": tools, **(example.get("chat_template_kwargs") or {}), "add_generation_prompt": True}
+            template_kwargs = {
+                "tools": tools,
+                **(example.get("chat_template_kwargs") or {}),
+                "add_generation_prompt": True,
+            }
         return {"prompt_ids": _tokenize(processing_class, example["prompt"], **template_kwargs)["input_ids"]}
 
-    return dataset.map(tokenize, **map_kwargs)
+    return _tokenize_and_drop(add_row_ids(dataset), tokenize, args, name)
 
 
-def map_arguments(dataset: Dataset | IterableDataset, num_proc: int | None) -> Callable[[str], dict[str, Any]]:
-    """The arguments of `map` that datasets of this kind take, given a description."""
-    if isinstance(dataset, IterableDataset):  # takes neither `num_proc` nor `desc`
-        return lambda desc: {}
-    return lambda desc: {"num_proc": num_proc, "desc": desc}
+def _tokenize_and_drop(
+    dataset: Dataset | IterableDataset, tokenize: Callable[[dict], dict], args: SoftPOConfig, name: str
+) -> Dataset | IterableDataset:
+    def arguments(desc: str) -> dict[str, Any]:
+        streams = isinstance(dataset, IterableDataset)  # takes neither `num_proc` nor `desc`
+        return {} if streams else {"num_proc": args.dataset_num_proc, "desc": desc}
+
+    with args.main_process_first(desc="dataset map"):
+        dataset = dataset.map(tokenize, **arguments(f"Tokenizing {name} dataset"))
+        if args.max_length is not None and args.truncation_mode == "keep_start":
+            dataset = dataset.filter(
+                lambda example: len(example["prompt_ids"]) < args.max_length,
+                **arguments(f"Dropping fully truncated examples from {name} dataset"),
+            )
+    return check_any_left(dataset, args, name)
+
+
+def check_any_left(dataset: Dataset | IterableDataset, args: SoftPOConfig, name: str) -> Dataset | IterableDataset:
+    """Raises a `ValueError` if no row has a prompt shorter than `max_length`."""
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            f"The {name} dataset is empty after dropping the prompts that fill `max_length={args.max_length}`. Set a larger "
+            "`max_length`."
+        )
+    return dataset
+
+
+class ListLayout:
+    """
+    How a batch's sequences belong together: one row an example, one column a response, `(B, n)`.
+
+    A pair is a list of two, the chosen response first.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of [`DataCollatorForSoftPO`] or of [`~trl.trainer.dpo_trainer.DataCollatorForPreference`].
+
+    Attributes:
+        is_pairs (`bool`):
+            Whether the batch holds pairs.
+        mask (`torch.Tensor` of shape `(B, n)`):
+            Which responses exist.
+        ranks (`torch.Tensor` of shape `(B, n)`):
+            Rank of each response, 0 the best.
+    """
+
+    def __init__(self, inputs: dict[str, Any]):
+        self.is_pairs = "list_sizes" not in inputs
+        self._sizes = None if self.is_pairs else inputs["list_sizes"].tolist()
+        self.mask = self.arrange(torch.ones_like(inputs["input_ids"][:, 0], dtype=torch.bool))
+        if self.is_pairs:
+            self.ranks = torch.arange(2, device=self.mask.device).expand_as(self.mask)
+        else:
+            self.ranks = self.arrange(inputs["ranks"])
+
+    def arrange(self, values: torch.Tensor) -> torch.Tensor:
+        """Brings values of the batch's sequences, `(sequences,)`, to `(B, n)`, padded with 0."""
+        if self._sizes is None:
+            return torch.stack(values.chunk(2), dim=1)  # the batch is [chosen, rejected]
+        return pad_sequence(values.split(self._sizes), batch_first=True)
+
+    def denominators(self, log_pi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The terms of the loss that compare anything, `(B, n)`, and of each of them the log-probabilities of its list's
+        responses and which are in its denominator, `(terms, n)`.
+        """
+        in_denominator = competitors(self.mask, self.ranks)
+        terms = in_denominator.sum(dim=2) > 1
+        return terms, log_pi.unsqueeze(1).expand_as(in_denominator)[terms], in_denominator[terms]

@@ -308,7 +308,9 @@ class SoftPOConfig(DPOConfig):
     )
     vllm_max_model_length: int | None = field(
         default=None,
-        metadata={"help": "Context window of a colocated vLLM: at least the longest prompt plus max_completion_length."},
+        metadata={
+            "help": "Context window of a colocated vLLM: at least the longest prompt plus max_completion_length."
+        },
     )
     vllm_tensor_parallel_size: int = field(
         default=1,
@@ -333,7 +335,9 @@ class SoftPOConfig(DPOConfig):
         require("beta", 0, "it is the weight of the KL regularizer; use 0 to switch it off")
         require("gamma", 0, "it is the exponent of the weights; use 0 or `weighting='none'` for weights of 1")
         require("weighting_scale", 0, "it is the slope of `weighting='sigmoid'`", strict=True)
-        require("resample_steps", 1, "new samples are drawn every `resample_steps` optimizer steps; use 1 for each step")
+        require(
+            "resample_steps", 1, "new samples are drawn every `resample_steps` optimizer steps; use 1 for each step"
+        )
         require("online_samples_per_step", 1, "to train without the KL regularizer set `beta=0`")
         require("eval_online_samples", 1, "to evaluate without the KL set `beta=0`")
         require("max_completion_length", 1, "it is the length of an online sample in tokens")
@@ -378,7 +382,9 @@ class SoftPOConfig(DPOConfig):
             )
 
     def _check_sampling(self) -> None:
-        options = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        options = {
+            name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        }
         for name, value in [*options.items(), *(self.generation_kwargs or {}).items()]:
             neutral = _NEUTRAL_SAMPLING.get(name)
             if neutral is None and name not in HARMLESS_GENERATION_KWARGS:

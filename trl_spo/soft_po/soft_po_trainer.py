@@ -14,7 +14,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
@@ -41,13 +40,15 @@ from .online_kl import OnlineKL, OnlineKLOutput
 from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer, own_random_state
 from .preference_data import (
     DataCollatorForSoftPO,
+    ListLayout,
     add_row_ids,
+    check_any_left,
     check_preferences,
     columns_of,
-    map_arguments,
-    tokenize_lists,
-    tokenize_prompts,
+    prepare_lists,
+    prepare_prompts,
 )
+from .preference_metrics import add_preference_metrics, per_example_table
 from .soft_po_config import SoftPOConfig
 
 
@@ -223,7 +224,7 @@ class SoftPOTrainer(DPOTrainer):
         if self.beta > 0:
             dataset = self.train_dataset
             if regularization_dataset is not None:
-                dataset = self._prepare_prompts(regularization_dataset)
+                dataset = prepare_prompts(regularization_dataset, self._tokenizer, args, "regularization")
             self._prompts = PromptSource(dataset, args.seed)
             self._check_context(dataset)
             self.sampler = CompletionSampler(self.model, args, self.accelerator, self._tokenizer)
@@ -270,52 +271,15 @@ class SoftPOTrainer(DPOTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         dataset = add_row_ids(check_preferences(dataset, dataset_name))
-        if "completions" in columns_of(dataset, dataset_name):
-            if args.precompute_ref_log_probs:
-                raise ValueError(
-                    f"`precompute_ref_log_probs=True` supports pairs only, and the {dataset_name} dataset holds lists "
-                    "(`completions`). Set `precompute_ref_log_probs=False`."
-                )
-            arguments = map_arguments(dataset, args.dataset_num_proc)
-            with self._main_process_first(args):
-                dataset = tokenize_lists(dataset, processing_class, arguments(f"Tokenizing {dataset_name} dataset"))
-                dataset = self._drop_long_prompts(dataset, args, dataset_name)
-        else:
+        if "completions" not in columns_of(dataset, dataset_name):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if next(iter(dataset), None) is None:
+            return check_any_left(dataset, args, dataset_name)
+        if args.precompute_ref_log_probs:
             raise ValueError(
-                f"The {dataset_name} dataset is empty after dropping the prompts that fill `max_length={args.max_length}`. "
-                "Set a larger `max_length`."
+                f"`precompute_ref_log_probs=True` supports pairs only, and the {dataset_name} dataset holds lists "
+                "(`completions`). Set `precompute_ref_log_probs=False`."
             )
-        return dataset
-
-    def _prepare_prompts(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        arguments = map_arguments(dataset, self.args.dataset_num_proc)
-        with self._main_process_first(self.args):
-            dataset = tokenize_prompts(
-                add_row_ids(dataset), self._tokenizer, arguments("Tokenizing regularization dataset")
-            )
-            dataset = self._drop_long_prompts(dataset, self.args, "regularization")
-        if next(iter(dataset), None) is None:
-            raise ValueError(
-                "The regularization dataset is empty after dropping the prompts that fill "
-                f"`max_length={self.args.max_length}`. Set a larger `max_length`."
-            )
-        return dataset
-
-    @staticmethod
-    def _drop_long_prompts(dataset, args: SoftPOConfig, name: str) -> Dataset | IterableDataset:
-        if args.max_length is None or args.truncation_mode != "keep_start":
-            return dataset
-        arguments = map_arguments(dataset, args.dataset_num_proc)
-        return dataset.filter(
-            lambda example: len(example["prompt_ids"]) < args.max_length,
-            **arguments(f"Dropping fully truncated examples from {name} dataset"),
-        )
-
-    @staticmethod
-    def _main_process_first(args: SoftPOConfig):
-        return args.main_process_first(desc="dataset map")
+        return prepare_lists(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -334,39 +298,35 @@ class SoftPOTrainer(DPOTrainer):
         outputs, logps, token_mask = self._forward(model, inputs, with_router_logits=self.aux_loss_enabled)
         lengths = token_mask.sum(dim=1)
 
-        # One row a list, one column a response; a pair is a list of two, the chosen response first
-        arrange = _arranger(inputs)
-        mask = arrange(torch.ones_like(lengths, dtype=torch.bool))
-        ranks = arrange(inputs["ranks"]) if "ranks" in inputs else torch.arange(2, device=mask.device).expand_as(mask)
+        layout = ListLayout(inputs)
         log_pi = self._reduce(logps, lengths)
         scores = log_pi
         if self.args.calibration == "reference":
             scores = log_pi - self._reduce(self._reference_logps(inputs), lengths)
-        scores, log_pi = arrange(scores), arrange(log_pi)
-        weights = self._weights(log_pi, mask, ranks)
-        if "ranks" in inputs:
-            per_example_loss = losses.soft_ranking_loss(scores, self.args.alpha, mask, weights, ranks)
-        else:
+        scores = layout.arrange(scores)
+        weights = self._weights(layout.arrange(log_pi), layout)
+        if layout.is_pairs:
             per_example_loss = losses.soft_preference_loss(*scores.unbind(dim=1), self.args.alpha, weights[:, 0])
+        else:
+            per_example_loss = losses.soft_ranking_loss(scores, self.args.alpha, layout.mask, weights, layout.ranks)
         loss = per_example_loss.mean()
 
         def per_response(token_values: torch.Tensor) -> torch.Tensor:
-            return arrange((token_values[:, -token_mask.size(1) :].detach() * token_mask).sum(dim=1))
+            return layout.arrange((token_values[:, -token_mask.size(1) :].detach() * token_mask).sum(dim=1))
 
-        self._add_preference_metrics(
-            mode,
-            mask,
-            ranks,
-            inputs.get("row_ids"),
-            loss=per_example_loss,
-            scores=scores,
-            logps=arrange(logps),
+        table = per_example_table(
+            layout,
+            alpha=self.args.alpha,
+            loss=per_example_loss.detach(),
+            scores=scores.detach(),
+            logps=layout.arrange(logps.detach()),
             weights=weights,
-            tokens=arrange(lengths),
+            tokens=layout.arrange(lengths),
             entropy=per_response(outputs.entropy),
             logits=per_response(outputs.mean_logits),
             top1=per_response(outputs.is_top1),
         )
+        self._add_preference_metrics(mode, table, inputs.get("row_ids"))
         if mode == "train":
             num_tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += num_tokens // self._tp_size
@@ -412,9 +372,9 @@ class SoftPOTrainer(DPOTrainer):
             with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
                 return self._forward(self.model, inputs)[1]
 
-    def _weights(self, log_pi: torch.Tensor, mask: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    def _weights(self, log_pi: torch.Tensor, layout: ListLayout) -> torch.Tensor:
         """Weights μ_k of shape `(B, n)`: each is that of the responses in the `k`-th denominator."""
-        terms, log_pi, in_denominator = _denominators(log_pi, mask, ranks)
+        terms, log_pi, in_denominator = layout.denominators(log_pi)
         mean = self._mass_mean if self.model.training else self._eval_mass_mean
         if self.args.weighting == "sigmoid" and mean is None:
             mass = losses.probability_mass(log_pi, self.args.gamma, in_denominator)
@@ -446,60 +406,23 @@ class SoftPOTrainer(DPOTrainer):
             for inputs in batches:
                 inputs = self._prepare_inputs(inputs)
                 _, logps, token_mask = self._forward(model, inputs)
-                arrange = _arranger(inputs)
-                mask = arrange(torch.ones_like(logps, dtype=torch.bool))
-                ranks = arrange(inputs["ranks"]) if "ranks" in inputs else torch.arange(2).to(mask.device).expand_as(mask)
-                log_pi = arrange(self._reduce(logps, token_mask.sum(dim=1)))
-                _, log_pi, in_denominator = _denominators(log_pi, mask, ranks)
+                layout = ListLayout(inputs)
+                log_pi = layout.arrange(self._reduce(logps, token_mask.sum(dim=1)))
+                _, log_pi, in_denominator = layout.denominators(log_pi)
                 total += losses.probability_mass(log_pi, self.args.gamma, in_denominator).sum()
                 count += len(log_pi)
         return self._global_mean(total, count)
 
-    def _add_preference_metrics(
-        self, mode: str, mask: torch.Tensor, ranks: torch.Tensor, row_ids: torch.Tensor | None, **values: torch.Tensor
-    ) -> None:
-        """Gathers what the metrics need, one row an example, and adds it up. `values` are `(B,)` or `(B, n)`."""
-        best, others = mask & (ranks == 0), mask & (ranks > 0)
-        scores, weights = values["scores"].detach(), values["weights"]
-        ordered = losses.competitors(mask, ranks) & ~torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
-        right = ordered & (scores.unsqueeze(2) > scores.unsqueeze(1))
-
-        def mean(x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-            return (x * which).sum(dim=1) / which.sum(dim=1).clamp(min=1)
-
-        columns = {"loss": values["loss"].detach(), "right": right.sum(dim=(1, 2)), "ordered": ordered.sum(dim=(1, 2))}
-        for name, which in (("chosen", best), ("rejected", others)):
-            columns[f"rewards/{name}"] = self.args.alpha * mean(scores, which)
-            columns[f"logps/{name}"] = mean(values["logps"].detach(), which)
-            columns[f"logits/{name}"] = (values["logits"] * which).sum(dim=1)
-            columns[f"tokens/{name}"] = (values["tokens"] * which).sum(dim=1)
-        columns["top1"] = (values["top1"] * best).sum(dim=1)
-        columns["entropy"] = values["entropy"].sum(dim=1)
-        columns["weights"], columns["squares"] = weights.sum(dim=1), weights.square().sum(dim=1)
-        columns["terms"] = (ordered.sum(dim=2) > 0).sum(dim=1)
-        table = torch.stack([column.float() for column in columns.values()], dim=1)
+    def _add_preference_metrics(self, mode: str, table: dict[str, torch.Tensor], row_ids: torch.Tensor | None) -> None:
         # In training all micro-batches of a step are fetched ahead, so `gather_for_metrics` would take each for the last one
         # and leave out rows that were trained on
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
-        gathered = dict(zip(columns, gather(table).unbind(dim=1), strict=True))
-
+        columns = gather(torch.stack([column.float() for column in table.values()], dim=1)).cpu().unbind(dim=1)
+        table = dict(zip(table, columns, strict=True))
         if mode == "train":
-            self._check_finite("loss", gathered["loss"], row_ids)
-            self._warn_if_off_policy(gathered["logps/chosen"] - gathered["logps/rejected"])
-        add = self._totals[mode].add
-        add("loss/preference", gathered["loss"])
-        for name in ("chosen", "rejected"):
-            add(f"rewards/{name}", gathered[f"rewards/{name}"])
-            add(f"logps/{name}", gathered[f"logps/{name}"])
-            add(f"logits/{name}", gathered[f"logits/{name}"], gathered[f"tokens/{name}"])
-        add("rewards/accuracies", gathered["right"], gathered["ordered"])
-        add("rewards/margins", gathered["rewards/chosen"] - gathered["rewards/rejected"])
-        add("entropy", gathered["entropy"], gathered["tokens/chosen"] + gathered["tokens/rejected"])
-        add("mean_token_accuracy", gathered["top1"], gathered["tokens/chosen"])
-        add("weights/mean", gathered["weights"], gathered["terms"])
-        self._totals[mode].add_effective_share(
-            "weights/ess", gathered["weights"], gathered["squares"], gathered["terms"]
-        )
+            self._check_finite("loss", table["loss"], row_ids)
+            self._warn_if_off_policy(table["logps/chosen"] - table["logps/rejected"])
+        add_preference_metrics(self._totals[mode], table)
 
     def _check_finite(self, what: str, values: torch.Tensor, row_ids: torch.Tensor | None) -> None:
         # `values` are gathered, so that every process raises and none is left waiting
@@ -519,9 +442,9 @@ class SoftPOTrainer(DPOTrainer):
         gap = self.args.alpha * gaps.abs().mean().item()
         if gap > _OFF_POLICY_GAP:
             logger.warning(
-                f"The pairs look as if the model had not sampled them: at the start, α |log π(chosen) - log π(rejected)| is "
-                f"{gap:.1f} on average (α={self.args.alpha}). With `calibration='none'` such differences in likelihood and "
-                "length drown the preference. Use `calibration='reference'`, or pairs that the model sampled."
+                f"The pairs look off-policy: at the start, |log π(chosen) - log π(rejected)| is {gap:.1f} times 1/α on average "
+                f"(α={self.args.alpha}). With `calibration='none'` such differences in likelihood and length drown the "
+                "preference. Use `calibration='reference'`, a smaller `alpha`, or pairs that the model sampled."
             )
 
     # KL regularizer
@@ -616,7 +539,11 @@ class SoftPOTrainer(DPOTrainer):
     @torch.no_grad()
     def _measure_eval_kl(self, model: nn.Module) -> float:
         """The regularizer on held-out prompts, by draws that are the same at each evaluation."""
-        n, rank, size = self.args.eval_online_samples, self.accelerator.process_index, self.args.online_samples_per_step
+        n, rank, size = (
+            self.args.eval_online_samples,
+            self.accelerator.process_index,
+            self.args.online_samples_per_step,
+        )
         if isinstance(self._eval_prompts.dataset, Dataset):
             n = min(n, len(self._eval_prompts.dataset))
         per_process = math.ceil(n / self.accelerator.num_processes)
@@ -668,26 +595,6 @@ class SoftPOTrainer(DPOTrainer):
         settings = ("alpha", "beta", "calibration", "logp_reduction", "weighting", "gamma", "kl_estimator")
         settings += ("resample_steps", "online_samples_per_step", "online_buffer_size", "max_completion_length")
         save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
-
-
-def _arranger(inputs: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Brings values of sequences, `(sequences,)`, into one row an example, `(B, n)`, padded with 0."""
-    if "list_sizes" not in inputs:
-        return lambda values: torch.stack(values.chunk(2), dim=1)  # the batch is [chosen, rejected]
-    sizes = inputs["list_sizes"].tolist()
-    return lambda values: pad_sequence(values.split(sizes), batch_first=True)
-
-
-def _denominators(
-    log_pi: torch.Tensor, mask: torch.Tensor, ranks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The terms of the loss that compare anything `(B, n)`, and of each of them the log-probabilities of the list's responses
-    and which are in the denominator, `(terms, n)`.
-    """
-    in_denominator = losses.competitors(mask, ranks)
-    terms = in_denominator.sum(dim=2) > 1
-    return terms, log_pi.unsqueeze(1).expand_as(in_denominator)[terms], in_denominator[terms]
 
 
 def _refuse_vision(reason: str) -> None:
