@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin, TrainerCallback
 from trl import DPOConfig
 
@@ -427,6 +428,27 @@ class TestRows:
         bad = lists.add_column("index", range(4)).map(lambda row: {"best": 9 if row["index"] == 3 else row["best"]})
         with Refused("Row 3 of the eval dataset", "`best=9`", "Use 0 to 2"):
             make_trainer({"train_dataset": lists, "eval_dataset": bad})
+
+
+class TestPromptsWithoutTokens:
+    @pytest.fixture
+    def without_bos(self, tokenizer):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        return tokenizer
+
+    def test_refused(self, make_trainer, without_bos):
+        dataset = Dataset.from_list([PAIR, {**PAIR, "prompt": ""}])
+        with Refused("The prompt of row 1 has no tokens", "adds a BOS token, or set `beta=0`"):
+            make_trainer({"train_dataset": dataset, "processing_class": without_bos})
+        with Refused("The prompt of row 1 has no tokens"):
+            make_trainer({"regularization_dataset": dataset, "processing_class": without_bos})
+
+    def test_nothing_to_sample(self, make_trainer, without_bos):
+        dataset = Dataset.from_list([PAIR, {**PAIR, "prompt": ""}])
+        make_trainer({"train_dataset": dataset, "processing_class": without_bos}, beta=0.0).train()
+
+    def test_with_bos(self, make_trainer):
+        make_trainer({"train_dataset": Dataset.from_list([PAIR, {**PAIR, "prompt": ""}])}).train()
 
 
 class TestIdenticalResponses:

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl import LogCompletionsCallback
 
@@ -169,6 +169,24 @@ class TestBatches:
             assert result == pytest.approx(results[0], rel=1e-4, abs=1e-5)
         if weighting != "none":
             assert results[0]["eval_weights/ess"] < 0.999
+
+
+    @pytest.mark.parametrize("data", ["held_out", "held_out_lists"])
+    def test_same_numbers_from_a_stream(self, make_trainer, perturb, request, data):
+        dataset = request.getfixturevalue(data)
+        results = []
+        for eval_dataset in (dataset, IterableDataset.from_generator(lambda: iter(dataset.to_list()))):
+            trainer = make_trainer(
+                {"train_dataset": dataset, "eval_dataset": eval_dataset},
+                weighting="sigmoid",
+                gamma=0.1,
+                weighting_scale=20.0,
+                beta=0.0,
+                per_device_eval_batch_size=7,
+            )
+            perturb(trainer.model)
+            results.append(figures(trainer.evaluate()))
+        assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 class _Evaluate(TrainerCallback):

@@ -19,6 +19,7 @@ ARCHITECTURES = [
     "granite-logits-scaling",
     "phi-head-bias",
     "gptj-head-bias",
+    "mixtral-experts",
 ]
 
 
@@ -90,6 +91,16 @@ class TestAgainstPlainLogits:
             )
         difference = torch.stack([(gradients[name] - by_hand[name]).norm() for name in gradients]).norm()
         assert difference < 1e-5 * torch.stack([gradient.norm() for gradient in by_hand.values()]).norm()
+
+    def test_score_weighs_each_token_with_the_kl_still_to_come(self):
+        kl = torch.tensor([[3.0, 1.0, 5.0, 0.0], [2.0, 0.0, 0.0, 0.0]], requires_grad=True)
+        logps = torch.tensor([[-1.0, -2.0, -0.5, 0.0], [-3.0, 0.0, 0.0, 0.0]], requires_grad=True)
+        value = losses.score_kl(kl, logps)
+        assert value.tolist() == [9.0, 2.0]
+        value.sum().backward()
+        # Without the token's own term, whose expectation is 0
+        assert logps.grad.tolist() == [[6.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+        assert kl.grad.tolist() == [[1.0] * 4] * 2
 
     def test_estimators_differ_in_their_gradients_only(self, setting):
         values, gradients = [], []

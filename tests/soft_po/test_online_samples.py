@@ -59,11 +59,12 @@ def chi_square(counts, probabilities):
 
 class TestDistribution:
     @pytest.mark.parametrize("leaks", [{}, LEAKS])
-    def test_next_token(self, make_trainer, model_path, load_model, leaks):
+    @pytest.mark.parametrize("sharpness", [1, 3])
+    def test_next_token(self, make_trainer, model_path, load_model, leaks, sharpness):
         # Likelier and less likely tokens, and prompts that hold some of them already
         model = load_model(model_path)
         with torch.no_grad():
-            model.lm_head.weight *= 3
+            model.lm_head.weight *= sharpness
         set_generation_config(model, **leaks)
         trainer = make_trainer({"model": model}, max_completion_length=1)
         prompts = [[1, 20, 30, 31, 24], [1, 25]]

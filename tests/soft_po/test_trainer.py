@@ -206,6 +206,35 @@ class TestLoss:
         check_loss(trainer, load_model(model_path))
 
 
+class TestMixtureOfExperts:
+    def test_auxiliary_loss(self, make_trainer, train_log, model_paths):
+        # In each micro-batch the router's loss of its own tokens, and in the log its mean
+        logs = [
+            train_log(
+                make_trainer(
+                    {"model": model_paths("mixtral-experts")},
+                    router_aux_loss_coef=coefficient,
+                    max_steps=1,
+                    per_device_train_batch_size=2,
+                    gradient_accumulation_steps=2,
+                )
+            )[0]
+            for coefficient in (0.0, 0.5)
+        ]
+        assert "aux_loss" not in logs[0] and logs[1]["aux_loss"] > 0.5
+        assert logs[1]["loss"] == pytest.approx(logs[0]["loss"] + 0.5 * logs[1]["aux_loss"], rel=1e-5)
+
+    def test_auxiliary_loss_by_hand(self, make_trainer, model_paths):
+        trainer = make_trainer({"model": model_paths("mixtral-experts")}, router_aux_loss_coef=0.5, beta=0.0)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        auxiliary = trainer.model(**inputs, output_router_logits=True).aux_loss
+        loss = trainer.compute_loss(trainer.model, batch)
+        preference = trainer._totals["train"].pop()["loss/preference"]
+        assert loss.item() == pytest.approx(preference + 0.5 * auxiliary.item(), rel=1e-5)
+
+
 class TestPrecomputedReference:
     @pytest.mark.parametrize("beta", [0.0, 0.1])
     def test_by_hand(self, make_trainer, check_loss, model_path, load_model, perturb, beta):

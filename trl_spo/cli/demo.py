@@ -151,6 +151,7 @@ def _train(
             "output_dir": folder,
             "max_steps": args.steps,
             "learning_rate": LEARNING_RATE,
+            "warmup_steps": args.steps // 10,
             "per_device_train_batch_size": 16,
             "seed": seed,
             "use_cpu": True,

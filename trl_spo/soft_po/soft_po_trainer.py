@@ -253,10 +253,16 @@ class SoftPOTrainer(DPOTrainer):
 
     def _check_context(self, dataset: Dataset | IterableDataset) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None or isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset):
             return
-        longest = max(len(ids) for ids in dataset["prompt_ids"])
-        if longest + self.args.max_completion_length > limit:
+        lengths = [len(ids) for ids in dataset["prompt_ids"]]
+        if 0 in lengths:
+            raise ValueError(
+                f"The prompt of row {dataset['row_id'][lengths.index(0)]} has no tokens, so that no online sample can answer "
+                "it. Remove the row, use a tokenizer that adds a BOS token, or set `beta=0`."
+            )
+        longest = max(lengths)
+        if limit is not None and longest + self.args.max_completion_length > limit:
             raise ValueError(
                 f"The longest prompt ({longest} tokens) and `max_completion_length={self.args.max_completion_length}` "
                 f"exceed the model's context of {limit} tokens. Set `max_completion_length` to at most "
