@@ -199,6 +199,7 @@ class TestByHand:
         rows = trainer.train_dataset.to_list()
         for row, token in zip(rows, first, strict=True):
             row["chosen_ids"] = [token, tokenizer.pad_token_id]
+            row["rejected_ids"] = [token, token]  # which do not count
         trainer.train_dataset = Dataset.from_list(rows)
         with torch.no_grad():
             second = [

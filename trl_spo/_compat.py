@@ -32,7 +32,6 @@ check_trl_version(version("trl"))
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational  # noqa: E402
 from trl.distributed import DistributedBackend  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
-from trl.import_utils import is_vllm_available  # noqa: E402
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.models.utils import (  # noqa: E402
@@ -65,7 +64,6 @@ __all__ = [
     "disable_gradient_checkpointing",
     "get_config_model_id",
     "is_conversational",
-    "is_vllm_available",
     "maybe_gather_lm_head_ctx",
     "no_reference_model",
     "pad",

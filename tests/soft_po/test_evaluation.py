@@ -258,15 +258,20 @@ class TestRepeated:
         trainer.predict(trainer.train_dataset)
         assert figures(trainer.evaluate()) == first
 
-    def test_samples_are_not_those_of_training(self, make_trainer, pairs):
-        trainer = make_trainer({"eval_dataset": pairs}, online_samples_per_step=8, learning_rate=0.0, max_steps=1)
+    def test_samples_are_not_those_of_training(self, make_trainer, monkeypatch, pairs):
+        trainer = make_trainer({"eval_dataset": pairs}, resample_steps=1, max_steps=2)
+        seeds, sample = [], trainer.sampler.sample
+
+        def record(model, prompts, *seed):
+            seeds.append(seed)
+            return sample(model, prompts, *seed)
+
+        monkeypatch.setattr(trainer.sampler, "sample", record)
         trainer.train()
-        drawn = {(s.row_id, tuple(s.completion_ids)) for s in trainer.sample_buffer.samples}
-        prompts = trainer._prompts.take(0, 8)
-        again = trainer.sampler.sample(trainer.model, prompts, trainer.args.seed, 0, 0, 0)
-        other = trainer.sampler.sample(trainer.model, prompts, trainer.args.seed, 1, 0)
-        assert {(s.row_id, tuple(s.completion_ids)) for s in again} == drawn
-        assert not {(s.row_id, tuple(s.completion_ids)) for s in other} & drawn
+        trainer.evaluate()
+        assert len(seeds) == 3
+        drawn = [{tuple(s.completion_ids) for s in sample(trainer.model, [(0, [1, 20])] * 8, *seed)} for seed in seeds]
+        assert len(set.union(*drawn)) == sum(map(len, drawn)) == 24
 
 
 class TestDatasets:

@@ -392,7 +392,11 @@ def adapters_at_work(trainer):
 class TestPeft:
     def test_fresh_adapter(self, make_trainer, check_loss, train_log, model_path, load_model, weights_of):
         trainer = make_trainer(
-            {"peft_config": LoraConfig(**LORA)}, calibration="reference", max_steps=4, learning_rate=1.0
+            {"peft_config": LoraConfig(**LORA)},
+            calibration="reference",
+            max_steps=4,
+            resample_steps=1,
+            learning_rate=1.0,
         )
         assert trainer.ref_model is None and set(trainer.model.peft_config) == {"default"}
         before = weights_of(trainer.model)
@@ -407,7 +411,11 @@ class TestPeft:
     def test_trained_adapter(self, make_trainer, make_adapted, check_loss, train_log, model_path, weights_of):
         # The reference is the adapter as it came, not the base model
         trainer = make_trainer(
-            {"model": make_adapted(model_path)}, calibration="reference", max_steps=4, learning_rate=0.2
+            {"model": make_adapted(model_path)},
+            calibration="reference",
+            max_steps=4,
+            resample_steps=1,
+            learning_rate=0.2,
         )
         assert trainer.ref_model is None and set(trainer.model.peft_config) == {"default", "ref"}
         before = weights_of(trainer.model)
@@ -429,7 +437,7 @@ class TestPeft:
             peft = {"model": make_adapted(model_path, modules_to_save=["lm_head"])}
         else:
             peft = {"peft_config": LoraConfig(**LORA, modules_to_save=["lm_head"])}
-        trainer = make_trainer(peft, max_steps=4)
+        trainer = make_trainer(peft, max_steps=4, resample_steps=1)
         head = trainer.model.get_base_model().lm_head
         reference_head = head.modules_to_save["ref"].weight if trained else head.original_module.weight
         before = reference_head.clone()

@@ -226,9 +226,9 @@ class StoriesConfig:
             Highest learning rate of the pretraining.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights and of the stories.
-        num_train_prompts (`int`, *optional*, defaults to `1024`):
+        num_train_prompts (`int`, *optional*, defaults to `1600`):
             Number of prompts, and of preference pairs, to train on.
-        num_eval_prompts (`int`, *optional*, defaults to `384`):
+        num_eval_prompts (`int`, *optional*, defaults to `256`):
             Number of prompts, and of preference pairs, held out.
         max_tokens (`int`, *optional*, defaults to `80`):
             Largest number of tokens of a sampled completion.
@@ -241,8 +241,8 @@ class StoriesConfig:
     pretrain_batch_size: int = 32
     learning_rate: float = 4e-3
     seed: int = 0
-    num_train_prompts: int = 1024
-    num_eval_prompts: int = 384
+    num_train_prompts: int = 1600
+    num_eval_prompts: int = 256
     max_tokens: int = 80
 
 

@@ -28,7 +28,7 @@ from .._compat import (
     pad,
     use_adapter,
 )
-from .online_samples import OnlineSample
+from .online_samples import OnlineSample, evaluation_mode
 from .soft_po_config import SoftPOConfig
 
 
@@ -132,15 +132,12 @@ class OnlineKL:
             samples (`list[OnlineSample]`):
                 Samples to fill in, in place.
         """
-        size = self.args.online_samples_per_step  # no more sequences at once than in a training step
         policy = self.accelerator.unwrap_model(model)
-        training = model.training
-        model.eval()
-        for first in range(0, len(samples), size):
-            chunk = samples[first : first + size]
+        for chunk in self.chunks(samples):
             batch = self._collate(chunk)
             with (
                 torch.no_grad(),
+                evaluation_mode(model, self.accelerator),
                 self.accelerator.autocast(),
                 disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs),
             ):
@@ -153,7 +150,12 @@ class OnlineKL:
                     self._reference_head = LMHead.of(_causal_lm(reference))
             for sample, states in zip(chunk, hidden.split(batch.mask.sum(dim=1).tolist()), strict=True):
                 sample.reference_hidden = states.clone()  # a view would keep the whole chunk alive
-        model.train(training)
+
+    def chunks(self, samples: list[OnlineSample]) -> Iterator[list[OnlineSample]]:
+        """The samples in parts of as many sequences as a batch of pairs has, which bounds the memory."""
+        size = 2 * self.args.per_device_train_batch_size
+        for first in range(0, len(samples), size):
+            yield samples[first : first + size]
 
     def __call__(self, model: nn.Module, samples: list[OnlineSample]) -> OnlineKLOutput:
         """
@@ -218,6 +220,8 @@ class OnlineKL:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden = _completion_states(policy, batch)
         head, reference = LMHead.of(_causal_lm(policy)), self._reference_head
+        device = head.weight.device  # with the model split across devices (`device_map`), maybe not that of the batch
+        hidden, reference_hidden, labels = hidden.to(device), reference_hidden.to(device), batch.labels.to(device)
         weight, bias = head.full(hidden.dtype)
         reference_weight, reference_bias = reference.full(reference_hidden.dtype)
         kl, entropy = ChunkedDivergenceFunction.apply(
@@ -236,8 +240,8 @@ class OnlineKL:
         )
         # The log-probabilities carry a gradient for the score estimator only; the other one just reports their ratio
         with nullcontext() if self.args.kl_estimator == "score" else torch.no_grad():
-            logps = _token_logps(hidden, weight, bias, head, batch.labels)
-        return tuple(x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x) for x in (kl, logps, entropy))
+            logps = _token_logps(hidden, weight, bias, head, labels)
+        return tuple(_scatter(x.to(batch.mask.device), batch.mask) for x in (kl, logps, entropy))
 
     def _reference_states(self, reference: PreTrainedModel, batch: _Batch) -> torch.Tensor:
         hidden = _completion_states(reference, batch)
@@ -249,8 +253,9 @@ class OnlineKL:
     def _policy_logps(self, policy: PreTrainedModel, batch: _Batch) -> torch.Tensor:
         hidden = _completion_states(policy, batch)
         head = LMHead.of(_causal_lm(policy))
-        logps = _token_logps(hidden, *head.full(hidden.dtype), head, batch.labels)
-        return logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logps).sum(dim=1)
+        device = head.weight.device
+        logps = _token_logps(hidden.to(device), *head.full(hidden.dtype), head, batch.labels.to(device))
+        return _scatter(logps.to(batch.mask.device), batch.mask).sum(dim=1)
 
 
 def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
@@ -260,18 +265,25 @@ def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
 def _completion_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
     """The last hidden states `(tokens, H)` that predict the completions' tokens, one sequence after the other."""
     # `base_model` is the backbone, without the LM head
-    output = _causal_lm(model).base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    )
-    return output.last_hidden_state[:, :-1][batch.mask]
+    model = _causal_lm(model)
+    output = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    # With the model split across devices (`device_map`), the backbone can end on another device than the batch
+    return output.last_hidden_state.to(batch.mask.device)[:, :-1][batch.mask]
+
+
+def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values of the tokens of a mask, at their places."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _token_logps(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: LMHead, labels: torch.Tensor
 ) -> torch.Tensor:
-    with maybe_gather_lm_head_ctx(weight, bias):
+    # In float32: the kernel keeps a tile of logits in the compute dtype, and bf16 would put several tenths of a nat of noise
+    # into a ratio of sequence probabilities
+    with torch.autocast(hidden.device.type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
         return ChunkedLogProbFunction.apply(
-            hidden,
+            hidden.float(),
             weight,
             bias,
             labels,

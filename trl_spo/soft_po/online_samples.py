@@ -82,7 +82,7 @@ class PromptSource:
 @contextmanager
 def own_random_state(device: torch.device, *seed: int) -> Iterator[None]:
     """Draws in this context depend on `seed` only, and leave the global random state as it was."""
-    devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
+    devices = [] if device.type == "cpu" else [device.index or 0]
     with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         yield
@@ -117,7 +117,9 @@ class CompletionSampler:
         # Every EOS id that the model declares (e.g. an end-of-turn token) ends a completion, not only the tokenizer's
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.eos_token_ids = eos if tokenizer.eos_token_id in eos else [tokenizer.eos_token_id, *eos]
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
+            eos = [tokenizer.eos_token_id, *eos]
+        self.eos_token_ids = eos
         how_it_runs = {"use_cache": True, "disable_compile": True}
         if not args.use_vllm:  # the others are at the values below already, or the config would have refused them
             kwargs = args.generation_kwargs or {}
@@ -199,9 +201,12 @@ class CompletionSampler:
         tensors = [torch.tensor(ids) for ids in prompt_ids]
         input_ids = pad(tensors, self.tokenizer.pad_token_id, padding_side="left").to(self.accelerator.device)
         attention_mask = pad([torch.ones_like(ids) for ids in tensors], 0, padding_side="left").to(input_ids.device)
-        training = model.training
-        model.eval()
+        # FSDP's collectives need every process to decode as long as the longest; for ZeRO-3 transformers sees to it itself
+        synced_gpus = True if self._dist.is_fsdp and self.accelerator.num_processes > 1 else None
         with (
+            evaluation_mode(model, self.accelerator),
+            # Outside of the decoding loop, so that weights are cast to the compute dtype once and not for every token
+            self.accelerator.autocast(),
             unwrap_model_for_generation(
                 model,
                 self.accelerator,
@@ -212,10 +217,25 @@ class CompletionSampler:
             _only_generation_config(unwrapped, self.generation_config),
         ):
             output = unwrapped.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=self.generation_config
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=self.generation_config,
+                synced_gpus=synced_gpus,
             )
-        model.train(training)
         return output[:, input_ids.size(1) :].tolist()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Puts the model into evaluation mode, and back into the one it was in."""
+    training = accelerator.unwrap_model(
+        model
+    ).training  # a DeepSpeed engine's own flag does not follow that of its module
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -252,7 +272,8 @@ class SampleBuffer:
 
     def is_due(self, step: int) -> bool:
         """Whether new samples are to be drawn before optimizer step `step`."""
-        return self.step is None or step - self.step >= self.args.resample_steps
+        # A step before that of the buffer: a second call of `train`, which counts from 0 again
+        return self.step is None or not 0 <= step - self.step < self.args.resample_steps
 
     def replace(self, samples: list[OnlineSample], step: int) -> None:
         """Takes newly drawn samples."""

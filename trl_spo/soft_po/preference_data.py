@@ -190,6 +190,12 @@ def prepare_lists(
                 for completion in example["completions"]
             ]
         start = min(common_prefix_length(prompt_ids, ids) for ids in full)
+        if start < len(prompt_ids):
+            logger.warning_once(
+                "The tokenized prompt is not a prefix of the tokenized prompt+completion, so its end is left out of the training "
+                f"sequence: {processing_class.decode(prompt_ids[start:])!r}. Use a chat template that renders the prompt the same "
+                "way in both cases, or end the prompt on a token boundary. This is shown once, but likely applies to every row."
+            )
         return {
             "prompt_ids": prompt_ids[:start],
             "completion_ids": [ids[start:] for ids in full],

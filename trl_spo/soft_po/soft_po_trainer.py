@@ -179,13 +179,19 @@ class SoftPOTrainer(DPOTrainer):
                     f"`regularization_dataset` needs a `prompt` column, but its columns are {sorted(columns)}. Rename one."
                 )
 
-        self._uses_reference = args.beta > 0 or args.calibration == "reference"
+        uses_reference = args.beta > 0 or args.calibration == "reference"
         if args.beta > 0 and args.precompute_ref_log_probs and ref_model is None and peft_config is None:
             # `DPOTrainer` keeps no reference then, but the KL regularizer needs it
             if isinstance(model, str) or not is_peft_model(model):
                 ref_model = _load_reference(model, args, quantization_config)
 
-        with nullcontext() if self._uses_reference else no_reference_model(isinstance(model, str)):
+        elif ref_model is not None and not uses_reference:
+            raise ValueError(
+                "`ref_model` is given, but with `beta=0` and `calibration='none'` nothing reads it. Leave it out, or set `beta` or "
+                "`calibration='reference'`."
+            )
+
+        with nullcontext() if uses_reference else no_reference_model(isinstance(model, str)):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -202,9 +208,8 @@ class SoftPOTrainer(DPOTrainer):
             )
         if self._is_vlm:
             _refuse_vision(f"the model's processor is a `{type(self.processing_class).__name__}`")
-        if not self._uses_reference:
-            self.ref_model = None  # one passed by the user is not read
         self._check_reference()
+        self._check_parallelism()
 
         if data_collator is None:
             self.data_collator = DataCollatorForSoftPO(
@@ -240,7 +245,7 @@ class SoftPOTrainer(DPOTrainer):
                 f"{self.model.active_peft_config.peft_type.value}: the KL regularizer runs the backbone, which would not see "
                 "the learned prompt. Use LoRA, or set `beta=0`."
             )
-        if self.ref_model is not None:
+        if self.ref_model is not None and self.beta > 0:
             sizes = [
                 self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
                 for model in (self.model, self.ref_model)
@@ -249,6 +254,22 @@ class SoftPOTrainer(DPOTrainer):
                 raise ValueError(
                     f"`ref_model` has a vocabulary of {sizes[1]} tokens and `model` one of {sizes[0]}: their distributions "
                     "cannot be compared. Pass a `ref_model` with the model's tokenizer, or leave it out."
+                )
+
+    def _check_parallelism(self) -> None:
+        if self.beta == 0:
+            return
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                f"`beta={self.beta}` is not supported with `fsdp_version: 1`, which frees the reference's LM head after each of "
+                "its forward passes. Set `fsdp_version: 2` in the accelerate config, or use DeepSpeed."
+            )
+        parallelism = self.accelerator.parallelism_config
+        for name in ("tp_size", "cp_size", "sp_size"):
+            if getattr(parallelism, name, 1) > 1:
+                raise ValueError(
+                    f"`beta={self.beta}` is not supported with `{name}={getattr(parallelism, name)}`: the processes of a group "
+                    "would each draw online samples of their own. Use ZeRO-3 or FSDP2, or set `beta=0`."
                 )
 
     def _check_context(self, dataset: Dataset | IterableDataset) -> None:
@@ -427,7 +448,7 @@ class SoftPOTrainer(DPOTrainer):
         table = dict(zip(table, columns, strict=True))
         if mode == "train":
             self._check_finite("loss", table["loss"], row_ids)
-            self._warn_if_off_policy(table["logps/chosen"] - table["logps/rejected"])
+            self._warn_if_off_policy(table["rewards/chosen"] - table["rewards/rejected"])
         add_preference_metrics(self._totals[mode], table)
 
     def _check_finite(self, what: str, values: torch.Tensor, row_ids: torch.Tensor | None) -> None:
@@ -441,11 +462,11 @@ class SoftPOTrainer(DPOTrainer):
             "at those rows. Nothing was saved for this step; resume from the last checkpoint."
         )
 
-    def _warn_if_off_policy(self, gaps: torch.Tensor) -> None:
+    def _warn_if_off_policy(self, margins: torch.Tensor) -> None:
         # Before the first step the policy is the reference, so this costs no forward pass of the reference
         if self.state.global_step > 0 or self._micro_step > 0 or self.args.calibration == "reference":
             return
-        gap = self.args.alpha * gaps.abs().mean().item()
+        gap = margins.abs().mean().item()  # rewards are α times the scores
         if gap > _OFF_POLICY_GAP:
             logger.warning(
                 f"The pairs look off-policy: at the start, |log π(chosen) - log π(rejected)| is {gap:.1f} times 1/α on average "
@@ -477,14 +498,17 @@ class SoftPOTrainer(DPOTrainer):
         samples = buffer.micro_batch(step, self._micro_step, self.current_gradient_accumulation_steps)
         if not samples:
             return 0.0
-        with self._without_gradient_sync(model), self.maybe_activation_offload_context:
-            output = self.online_kl(model, samples)
-            self._add_kl_metrics("train", output, samples)
-            loss = self.beta * output.loss.sum() / self.args.online_samples_per_step
-            # DeepSpeed would divide by the accumulation steps
-            kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-            self.accelerator.backward(loss, **kwargs)
-        return loss.detach()
+        total = torch.zeros((), device=self.args.device)
+        for chunk in self.online_kl.chunks(samples):
+            with self._without_gradient_sync(model), self.maybe_activation_offload_context:
+                output = self.online_kl(model, chunk)
+                self._add_kl_metrics("train", output, chunk)
+                loss = self.beta * output.loss.sum() / self.args.online_samples_per_step
+                # DeepSpeed would divide by the accumulation steps
+                kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **kwargs)
+            total += loss.detach()
+        return total
 
     @contextmanager
     def _without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
@@ -506,7 +530,7 @@ class SoftPOTrainer(DPOTrainer):
 
     def _add_kl_metrics(self, mode: str, output: OnlineKLOutput, samples: list[OnlineSample]) -> torch.Tensor:
         columns = [output.loss.detach(), output.kl, output.entropy, output.ratio, output.length, output.terminated]
-        table = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1))
+        table = self.accelerator.gather(torch.stack([column.float() for column in columns], dim=1)).cpu()
         loss, kl, entropy, ratio, length, terminated = table.unbind(dim=1)
         row_ids = torch.tensor([sample.row_id for sample in samples])
         self._check_finite("KL of the online samples", loss, row_ids)
@@ -539,27 +563,24 @@ class SoftPOTrainer(DPOTrainer):
             rows = DataLoader(self._eval_rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
             self._eval_mass_mean = self._mean_mass(model, self.accelerator.prepare(rows))
         if self.beta > 0 and self._eval_kl is None:
-            self._eval_kl = self._measure_eval_kl(model)
+            # Not `model`, which in training is the unwrapped one: its ZeRO-3 hooks would stay on during generation
+            self._eval_kl = self._measure_eval_kl(self.model_wrapped)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     @torch.no_grad()
     def _measure_eval_kl(self, model: nn.Module) -> float:
         """The regularizer on held-out prompts, by draws that are the same at each evaluation."""
-        n, rank, size = (
-            self.args.eval_online_samples,
-            self.accelerator.process_index,
-            self.args.online_samples_per_step,
-        )
+        n, rank, size = self.args.eval_online_samples, self.accelerator.process_index, self.args.online_buffer_size
         if isinstance(self._eval_prompts.dataset, Dataset):
             n = min(n, len(self._eval_prompts.dataset))
         per_process = math.ceil(n / self.accelerator.num_processes)
         prompts = self._eval_prompts.take(rank * per_process, per_process)
-        samples = self.sampler.sample(model, prompts, self.args.seed, _EVAL, rank)
-        self.online_kl.annotate(model, samples)
-        kl = [
-            self._add_kl_metrics("eval", self.online_kl(model, samples[first : first + size]), samples)
-            for first in range(0, len(samples), size)
-        ]
+        kl = []
+        for first in range(0, per_process, size):  # no more at once than in training
+            samples = self.sampler.sample(model, prompts[first : first + size], self.args.seed, _EVAL, rank, first)
+            self.online_kl.annotate(model, samples)
+            for chunk in self.online_kl.chunks(samples):
+                kl.append(self._add_kl_metrics("eval", self.online_kl(model, chunk), chunk))
         return torch.cat(kl).mean().item()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -583,14 +604,17 @@ class SoftPOTrainer(DPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.beta == 0 or checkpoint is None:
             return
+        file = self._sample_buffer_file(checkpoint)
         saved = len(list(Path(checkpoint).glob("online_samples_*.json")))
-        if saved != self.accelerator.num_processes:
-            logger.warning(
-                f"{checkpoint} holds the online samples of {saved} processes and this run has "
-                f"{self.accelerator.num_processes}: new ones are drawn, so the run will differ from an uninterrupted one."
-            )
+        usable = torch.tensor([float(file.is_file() and saved == self.accelerator.num_processes)]).to(self.args.device)
+        if self.accelerator.gather(usable).min() > 0:  # on all processes or on none: drawing is collective
+            self.sample_buffer.load_state_dict(json.loads(file.read_text()))
             return
-        self.sample_buffer.load_state_dict(json.loads(self._sample_buffer_file(checkpoint).read_text()))
+        self.sample_buffer.round = self.state.global_step // self.args.resample_steps + 1  # not the first draws again
+        logger.warning(
+            f"{checkpoint} holds the online samples of {saved} processes and this run has "
+            f"{self.accelerator.num_processes}: new ones are drawn, so the run will differ from an uninterrupted one."
+        )
 
     def create_model_card(
         self,
