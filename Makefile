@@ -20,10 +20,10 @@ demo: $(VENV)/.installed-plots
 	$(BIN)/trl-spo demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -197,6 +197,24 @@ class TestLoss:
         loss = trainer.compute_loss(trainer.model, batch)
         torch.testing.assert_close(loss, loss_by_hand(rows, trainer.args, logps), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("precompute", [False, True])
+    def test_the_model_is_given_what_it_knows_only(self, make_trainer, request, precompute):
+        # Others it would swallow without a word
+        reference = make_trainer().ref_model
+        names = set()
+        for data in ("pairs",) if precompute else ("pairs", "lists"):
+            dataset = request.getfixturevalue(data)
+            arguments = {"train_dataset": dataset, "eval_dataset": dataset, "ref_model": reference}
+            trainer = make_trainer(arguments, precompute_ref_log_probs=precompute, calibration="reference")
+            for model in (trainer.model, reference):
+                model.base_model.register_forward_pre_hook(
+                    lambda module, args, kwargs: names.update(kwargs), with_kwargs=True
+                )
+            trainer.train()
+            trainer.evaluate()
+        assert names >= {"input_ids", "attention_mask"}
+        assert names <= {"input_ids", "attention_mask", "use_cache", "past_key_values", "position_ids", "cache_position"}
+
     @pytest.mark.parametrize("weighting", ["none", "power", "sigmoid"])
     def test_default_reference_is_the_initial_policy(
         self, make_trainer, check_loss, model_path, load_model, weighting
