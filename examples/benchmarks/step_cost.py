@@ -9,11 +9,15 @@ a ratio is taken within each round, and its interval is over rounds. A block is 
 SoftPO's sampling is in its time, amortised as in training. Random weights hardly ever end a sample, so every online
 sample has the full `--completion_length` tokens, as many as the pairs' completions.
 
+On the CPU the time of the process itself is shown beside the time on the clock, and the ratio to DPO is that of the
+former: other processes on the machine hardly disturb it.
+
     python examples/benchmarks/step_cost.py --json step_cost_cpu.json
     python examples/benchmarks/step_cost.py --device cuda --size qwen2-0.5b --json step_cost_gpu.json
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -23,6 +27,7 @@ import resource
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 
@@ -123,6 +128,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
 
     logging.set_verbosity_error()
     disable_progress_bars()
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
 
@@ -137,7 +143,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    seconds = []
+    seconds, cpu_seconds = [], []
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -149,11 +155,12 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
             if state.global_step % args.block_steps == 0:
                 if not mine.acquire(timeout=TIMEOUT):
                     raise TimeoutError(f"{name}: the other processes do not come to an end.")
-                self.start = now()
+                self.start, self.cpu_start = now(), time.process_time()
 
         def on_step_end(self, _, state, control, **kwargs):
             if state.global_step % args.block_steps == 0:
                 seconds.append((now() - self.start) / args.block_steps)
+                cpu_seconds.append((time.process_time() - self.cpu_start) / args.block_steps)
                 following.release()
 
     options = dict(METHODS[name])
@@ -183,9 +190,13 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
         args.batch_size * 64, SIZES[args.size]["vocab_size"], args.prompt_length, args.completion_length
     )
     baseline = memory()
-    trainer = trainer_class(folder, args=training_args, train_dataset=Dataset.from_list(pairs), callbacks=[Turns()])
-    trainer.train()
-    results.put({"method": name, "seconds": seconds[1:], "peak_mib": memory() - (0 if cuda else baseline)})
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the trainer prints its log
+        trainer = trainer_class(
+            folder, args=training_args, train_dataset=Dataset.from_list(pairs), callbacks=[Turns()]
+        )
+        trainer.train()
+    peak = memory() - (0 if cuda else baseline)
+    results.put({"method": name, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_mib": peak})
 
 
 def machine(device: str, threads: int) -> str:
@@ -284,22 +295,28 @@ def main() -> None:
         f"{args.rounds} rounds of {args.block_steps} steps; ± 95 % over rounds\n"
     )
     memory_name = "peak memory" if args.device == "cuda" else "peak RSS above the start"
-    print(f"| method | ms / step | pair tokens / s | {memory_name} (MiB) | time / DPO | memory / DPO |")
-    print("|---|---|---|---|---|---|")
+    print(
+        f"| method | ms / step | CPU ms / step | pair tokens / s | {memory_name} (MiB) | time / DPO | memory / DPO |"
+    )
+    print("|---|---|---|---|---|---|---|")
     base = next((result for result in results if result["method"] == "DPO"), results[0])
+    compared = "seconds" if args.device == "cuda" else "cpu_seconds"
     for result in results:
         mean, half = interval([1000 * s for s in result["seconds"]])
-        ratio, ratio_half = interval([a / b for a, b in zip(result["seconds"], base["seconds"], strict=True)])
+        cpu, cpu_half = interval([1000 * s for s in result["cpu_seconds"]])
+        ratio, ratio_half = interval([a / b for a, b in zip(result[compared], base[compared], strict=True)])
         result |= {
             "ms_per_step": mean,
+            "cpu_ms_per_step": cpu,
             "tokens_per_second": tokens / mean * 1000,
             "time_ratio": ratio,
             "time_ratio_half_width": ratio_half,
             "memory_ratio": result["peak_mib"] / base["peak_mib"],
         }
         print(
-            f"| {result['method']} | {mean:.1f} ± {half:.1f} | {result['tokens_per_second']:.0f} | "
-            f"{result['peak_mib']:.0f} | {ratio:.2f} ± {ratio_half:.2f} | {result['memory_ratio']:.2f} |"
+            f"| {result['method']} | {mean:.1f} ± {half:.1f} | {cpu:.1f} ± {cpu_half:.1f} | "
+            f"{result['tokens_per_second']:.0f} | {result['peak_mib']:.0f} | {ratio:.2f} ± {ratio_half:.2f} | "
+            f"{result['memory_ratio']:.2f} |"
         )
     if args.json:
         content = {"machine": where, "options": vars(args), "results": results}

@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl.import_utils import is_vllm_available
 
-from trl_spo._compat import VLLMGeneration, is_vllm_available
+from trl_spo._compat import VLLMGeneration
 from trl_spo.soft_po import online_samples
 from trl_spo.soft_po.online_samples import OnlineSample, SampleBuffer
 
