@@ -484,6 +484,10 @@ class TestModels:
         with Refused("`model` and `ref_model` cannot be the same object"):
             make_trainer({"model": model, "ref_model": model})
 
+    def test_reference_that_nothing_reads(self, make_trainer, model_path, load_model):
+        with Refused("`ref_model` is given", "`beta=0` and `calibration='none'`", "Leave it out, or set `beta`"):
+            make_trainer({"ref_model": load_model(model_path)}, beta=0.0, calibration="none")
+
     def test_adapter_on_the_head(self, make_trainer):
         config = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
         with Refused("PEFT adapter to `lm_head` is not supported", "Remove `'lm_head'` from your `target_modules`"):

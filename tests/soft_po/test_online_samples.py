@@ -15,6 +15,7 @@ from trl.import_utils import is_vllm_available
 
 from trl_spo._compat import VLLMGeneration
 from trl_spo.soft_po import online_samples
+from trl_spo.soft_po.online_kl import OnlineKL
 from trl_spo.soft_po.online_samples import OnlineSample, SampleBuffer
 
 
@@ -222,6 +223,13 @@ class TestWhenSamplesAreDrawn:
         trainer.train()
         assert drawn == steps
 
+    def test_second_training(self, make_trainer, train_log):
+        # Counts its steps from 0 again
+        trainer = make_trainer(resample_steps=2, max_steps=3, online_samples_per_step=8, learning_rate=0.2)
+        trainer.train()
+        assert trainer.sample_buffer.step == 2
+        assert train_log(trainer)[0]["staleness/ratio"] == pytest.approx(1, abs=1e-5)
+
     def test_next_prompts_in_each_round(self, make_trainer):
         trainer = make_trainer(resample_steps=1, max_steps=2, online_samples_per_step=4)
         rows = []
@@ -248,18 +256,15 @@ class TestWhenSamplesAreDrawn:
             gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=2,
         )
-        used, kl = {}, trainer.online_kl
+        used, compute = {}, OnlineKL.__call__
 
-        class Recording:
-            annotate = kl.annotate
+        def record(self, model, samples):
+            for sample in samples:
+                position = next(i for i, other in enumerate(trainer.sample_buffer.samples) if other is sample)
+                used.setdefault(trainer.state.global_step, []).append(f"{position:X}")
+            return compute(self, model, samples)
 
-            def __call__(self, model, samples):
-                for sample in samples:
-                    position = next(i for i, other in enumerate(trainer.sample_buffer.samples) if other is sample)
-                    used.setdefault(trainer.state.global_step, []).append(f"{position:X}")
-                return kl(model, samples)
-
-        trainer.online_kl = Recording()
+        monkeypatch.setattr(OnlineKL, "__call__", record)
         trainer.train()
         assert ["".join(used[step]) for step in range(3)] == steps
 
@@ -402,7 +407,8 @@ class TestVLLM:
             # Cut after the first EOS
             assert sample.terminated and sample.completion_ids.index(2) == len(sample.completion_ids) - 1
         trainer.evaluate()
-        assert instance.calls[4:] == ["sync", 5]
+        evaluation = instance.calls[4:]
+        assert evaluation[0] == "sync" and sum(call for call in evaluation if call != "sync") == 5
 
     def test_not_without_the_regularizer(self, make_trainer, vllm):
         make_trainer(use_vllm=True, beta=0.0).train()
