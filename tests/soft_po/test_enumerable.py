@@ -109,7 +109,7 @@ class TestTheorem:
         _train(world, model, world.population_pairs(rewards, copies=60), tmp_path, alpha=1.0, beta=0.0)
         with torch.no_grad():
             logps = world.log_probs(model)[0].double()
-        expected = optimal_policy(rewards, 1.0, reference)
+        expected = optimal_policy(rewards, kl_weight=1.0, ref_logps=reference)
         assert total_variation(logps, expected) < 0.02
         assert total_variation(logps, torch.log_softmax(rewards, 0)) > 0.05
 

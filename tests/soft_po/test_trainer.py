@@ -202,14 +202,18 @@ class TestLoss:
         # Others it would swallow without a word
         reference = make_trainer().ref_model
         names = set()
+
+        def watch(model):
+            model.base_model.register_forward_pre_hook(
+                lambda module, args, kwargs: names.update(kwargs), with_kwargs=True
+            )
+
+        watch(reference)
         for data in ("pairs",) if precompute else ("pairs", "lists"):
             dataset = request.getfixturevalue(data)
             arguments = {"train_dataset": dataset, "eval_dataset": dataset, "ref_model": reference}
             trainer = make_trainer(arguments, precompute_ref_log_probs=precompute, calibration="reference")
-            for model in (trainer.model, reference):
-                model.base_model.register_forward_pre_hook(
-                    lambda module, args, kwargs: names.update(kwargs), with_kwargs=True
-                )
+            watch(trainer.model)
             trainer.train()
             trainer.evaluate()
         assert names >= {"input_ids", "attention_mask"}
