@@ -69,8 +69,8 @@ class SoftPOTrainer(DPOTrainer):
 
     The preference loss is the cross-entropy of the model's own softened preferences; the regularizer is the KL divergence to
     the reference over the whole output distribution, on samples that the model draws every `resample_steps` steps. How it
-    departs from the paper: the loss works by default on `log π - log π_ref` (`calibration="none"` is the paper's), since that
-    measures better.
+    departs from the paper: the loss works by default on `log π - log π_ref` (`calibration="none"` is the paper's), so that
+    responses which the model did not sample do not drown the preference in differences of likelihood and length.
 
     Example:
 
