@@ -42,6 +42,9 @@ SCENARIOS = {
         "weighting": "sigmoid",
         "gradient_accumulation_steps": 2,
     },
+    # The eval dataset does not divide among the processes
+    "evaluation": {"beta": 0.5, "weighting": "sigmoid", "eval_online_samples": 6, "per_device_eval_batch_size": 3},
+    "bf16": {"beta": 0.5, "bf16": True},
     # Samples of its own for each process
     "sampling": {"beta": 0.5, "max_steps": 8, "resample_steps": 1, "online_samples_per_step": 64},
 }
@@ -85,16 +88,16 @@ def run(world: Path, out: Path, scenario: str) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        bf16=False,
-        # With `use_cpu`, accelerate would run plain DDP in the place of DeepSpeed
-        use_cpu=not deepspeed,
+        use_cpu=not deepspeed,  # DeepSpeed has its own way to the CPU, and needs the backend named
         ddp_backend="gloo" if deepspeed else None,
-        **options,
+        **{"bf16": False, **options},
     )
+    dataset = load_from_disk(str(world / "dataset"))
     trainer = SoftPOTrainer(
         model=str(world / "model"),
         args=args,
-        train_dataset=load_from_disk(str(world / "dataset")),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(7)) if scenario == "evaluation" else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if "lora" in scenario else None,
     )
     drawn: list[list[int]] = []
@@ -111,6 +114,7 @@ def run(world: Path, out: Path, scenario: str) -> None:
     trainer.train()
     after = None if trainer.ref_model is None else checksum(trainer)
     trainer.save_model(str(out / scenario))
+    evaluation = trainer.evaluate(trainer.eval_dataset) if scenario == "evaluation" else None
     drawn_by_rank = gather_object([drawn])
     if trainer.accelerator.is_main_process:
         report = {
@@ -118,6 +122,7 @@ def run(world: Path, out: Path, scenario: str) -> None:
             "processes": trainer.accelerator.num_processes,
             "reference": [before, after],
             "drawn": drawn_by_rank,
+            "evaluation": evaluation,
             "log": trainer.state.log_history,
         }
         (out / scenario / "report.json").write_text(json.dumps(report))

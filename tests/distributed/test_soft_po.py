@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 SCRIPT = Path(__file__).parent / "soft_po_script.py"
-SAME = ["given_samples", "accumulation", "lora", "lora_checkpointing", "no_kl", "sigmoid_weights"]
+SAME = ["given_samples", "accumulation", "lora", "lora_checkpointing", "no_kl", "sigmoid_weights", "evaluation"]
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 @pytest.fixture(scope="module")
 def single(world, launch, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("single")
-    launch("none", SCRIPT, str(world), str(out), *SAME, "sampling", processes=1)
+    launch("none", SCRIPT, str(world), str(out), *SAME, "bf16", "sampling", processes=1)
     return out
 
 
 @pytest.fixture(scope="module", params=TYPES)
 def two(request, world, launch, tmp_path_factory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp(request.param)
-    launch(request.param, SCRIPT, str(world), str(out), *SAME, "sampling")
+    launch(request.param, SCRIPT, str(world), str(out), *SAME, "bf16", "sampling")
     return request.param, out
 
 
@@ -62,6 +62,22 @@ def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
         for name in ("loss", "loss/preference", "rewards/margins", "logps/chosen", "kl/online", "entropy/online"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
+
+
+def test_evaluation_gives_the_same_metrics(single, two):
+    ours, theirs = (report(out / "evaluation")["evaluation"] for out in (two[1], single))
+    assert "eval_kl/online" in theirs and "eval_rewards/margins" in theirs
+    speeds = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    # The processes' batches hold other numbers of rows, and the loss is a mean of means
+    for name in theirs.keys() - {*speeds, "eval_loss"}:
+        assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
+
+
+def test_bf16_is_near_float32(single, two):
+    ours, theirs = report(two[1] / "bf16")["log"][:-1], report(single / "given_samples")["log"][:-1]
+    for name in ("loss", "kl/online", "entropy/online"):
+        for entry, expected in zip(ours, theirs, strict=True):
+            assert entry[name] == pytest.approx(expected[name], rel=0.05, abs=0.02), name
 
 
 @pytest.mark.parametrize("scenario", ["given_samples", "sampling"])

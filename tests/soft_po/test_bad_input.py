@@ -53,7 +53,11 @@ class TestNumbers:
             ("weighting_scale", -1.0, "> 0"),
             ("resample_steps", 0, ">= 1"),
             ("resample_steps", -8, ">= 1"),
+            ("resample_steps", None, ">= 1"),
+            ("alpha", None, "> 0"),
             ("online_samples_per_step", 0, ">= 1"),
+            ("online_buffer_size", 0, ">= 1"),
+            ("online_buffer_size", -8, ">= 1"),
             ("eval_online_samples", 0, ">= 1"),
             ("max_completion_length", 0, ">= 1"),
             ("importance_sampling_cap", 0.0, "> 0"),
@@ -64,6 +68,20 @@ class TestNumbers:
     def test_out_of_range(self, make_args, option, value, bound):
         with Refused(f"`{option}` must be finite and {bound}, got {value}: "):
             make_args(**{option: value})
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "resample_steps",
+            "online_samples_per_step",
+            "online_buffer_size",
+            "eval_online_samples",
+            "max_completion_length",
+        ],
+    )
+    def test_counts_are_whole_numbers(self, make_args, option):
+        with Refused(f"`{option}` must be a whole number, got 2.5: "):
+            make_args(**{option: 2.5})
 
     @pytest.mark.parametrize(
         ("option", "remedy"),
@@ -95,9 +113,7 @@ class TestNumbers:
     def test_on_the_bound(self, make_args, kwargs):
         make_args(**kwargs)
 
-    @pytest.mark.parametrize(
-        ("size", "remedy"), [(6, "use 8"), (3, "use 4"), (13, "use 12"), (0, "use 4"), (-4, "use 4")]
-    )
+    @pytest.mark.parametrize(("size", "remedy"), [(6, "use 8"), (3, "use 4"), (13, "use 12"), (1, "use 4")])
     def test_buffer_that_the_steps_do_not_divide(self, make_args, size, remedy):
         with Refused(f"`online_buffer_size` ({size})", "multiple of `online_samples_per_step` (4)", remedy):
             make_args(online_samples_per_step=4, online_buffer_size=size)
@@ -241,6 +257,16 @@ class TestSampling:
     def test_unknown_generation_kwargs(self, make_args, option, value):
         with Refused(f"`generation_kwargs` has `{option}={value!r}`", "Remove it", "use_cache"):
             make_args(generation_kwargs={option: value})
+
+    def test_those_of_vllm(self, make_args):
+        neutral = {"temperature": 1.0, "num_beams": 1}
+        args = make_args(use_vllm=True, generation_kwargs={"skip_special_tokens": False, **neutral})
+        assert args.generation_kwargs == {"skip_special_tokens": False}
+        assert make_args(use_vllm=True, generation_kwargs=neutral).generation_kwargs is None
+        with Refused("`generation_kwargs` has `use_cache=True`", "skip_special_tokens"):
+            make_args(use_vllm=True, generation_kwargs={"use_cache": True})
+        with Refused("`generation_kwargs` has `detokenize=False`", "use_cache"):
+            make_args(generation_kwargs={"detokenize": False})
 
     def test_refused_in_json(self, make_args):
         # As it comes from the command line

@@ -770,12 +770,23 @@ class TestWarnings:
         assert caplog.text.count("The pairs look off-policy") == 1
         assert "Use `calibration='reference'`" in caplog.text
 
+    def test_weights_that_vanish(self, make_trainer, caplog):
+        make_trainer(weighting="power", gamma=1.0, max_steps=2).train()
+        assert caplog.text.count("The weights of the pairs are") == 1
+        assert "Use a smaller `gamma`" in caplog.text
+
     @pytest.mark.parametrize(
-        "kwargs", [{"calibration": "none", "alpha": 0.01}, {"calibration": "reference", "alpha": 1.0}]
+        "kwargs",
+        [
+            {"calibration": "none", "alpha": 0.01},
+            {"calibration": "reference", "alpha": 1.0},
+            {"weighting": "power", "gamma": 0.01},
+            {"weighting": "sigmoid", "gamma": 1.0},
+        ],
     )
     def test_no_warning(self, make_trainer, caplog, kwargs):
         make_trainer(**kwargs).train()
-        assert "off-policy" not in caplog.text
+        assert "off-policy" not in caplog.text and "weights of the pairs" not in caplog.text
 
 
 class TestConstruction:

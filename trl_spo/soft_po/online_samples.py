@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import DistributedBackend, VLLMGeneration, pad, unwrap_model_for_generation
-from .soft_po_config import HARMLESS_GENERATION_KWARGS, SoftPOConfig
+from .soft_po_config import SoftPOConfig
 
 
 @dataclass
@@ -121,9 +121,8 @@ class CompletionSampler:
             eos = [tokenizer.eos_token_id, *eos]
         self.eos_token_ids = eos
         how_it_runs = {"use_cache": True, "disable_compile": True}
-        if not args.use_vllm:  # the others are at the values below already, or the config would have refused them
-            kwargs = args.generation_kwargs or {}
-            how_it_runs |= {name: kwargs[name] for name in HARMLESS_GENERATION_KWARGS if name in kwargs}
+        if not args.use_vllm:
+            how_it_runs |= args.generation_kwargs or {}
         self.generation_config = GenerationConfig(
             max_new_tokens=args.max_completion_length,
             do_sample=True,

@@ -37,8 +37,9 @@ _NEUTRAL_SAMPLING = {
     "presence_penalty": (0.0,),
 }
 
-# Options of generation that only concern how it runs
-HARMLESS_GENERATION_KWARGS = ("use_cache", "cache_config", "compile_config", "disable_compile", "prefill_chunk_size")
+# Options of generation that only concern how it runs: of transformers' `GenerationConfig`, and of vLLM's `SamplingParams`
+_HARMLESS_KWARGS = ("use_cache", "cache_config", "compile_config", "disable_compile", "prefill_chunk_size")
+_HARMLESS_VLLM_KWARGS = ("detokenize", "skip_special_tokens", "spaces_between_special_tokens")
 
 
 @dataclass
@@ -327,25 +328,35 @@ class SoftPOConfig(DPOConfig):
     def _check_ranges(self) -> None:
         def require(name: str, minimum: float, what: str, strict: bool = False) -> None:
             value = getattr(self, name)
-            if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                good = False
+            else:
+                good = value > minimum if strict else value >= minimum
+            if not good:
                 bound = f"{'>' if strict else '>='} {minimum}"
                 raise ValueError(f"`{name}` must be finite and {bound}, got {value}: {what}.")
+
+        def require_count(name: str, what: str) -> None:
+            require(name, 1, what)
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)!r}: {what}.")
 
         require("alpha", 0, "it is the softness of the preference loss; try values from 0.05 to 0.3", strict=True)
         require("beta", 0, "it is the weight of the KL regularizer; use 0 to switch it off")
         require("gamma", 0, "it is the exponent of the weights; use 0 or `weighting='none'` for weights of 1")
         require("weighting_scale", 0, "it is the slope of `weighting='sigmoid'`", strict=True)
-        require(
-            "resample_steps", 1, "new samples are drawn every `resample_steps` optimizer steps; use 1 for each step"
+        require_count(
+            "resample_steps", "new samples are drawn every `resample_steps` optimizer steps; use 1 for each step"
         )
-        require("online_samples_per_step", 1, "to train without the KL regularizer set `beta=0`")
-        require("eval_online_samples", 1, "to evaluate without the KL set `beta=0`")
-        require("max_completion_length", 1, "it is the length of an online sample in tokens")
+        require_count("online_samples_per_step", "to train without the KL regularizer set `beta=0`")
+        require_count("eval_online_samples", "to evaluate without the KL set `beta=0`")
+        require_count("max_completion_length", "it is the length of an online sample in tokens")
         if self.importance_sampling_cap is not None:
             require("importance_sampling_cap", 0, "use `None` for no correction", strict=True)
         if self.online_buffer_size is None:
             self.online_buffer_size = self.online_samples_per_step
-        if self.online_buffer_size < 1 or self.online_buffer_size % self.online_samples_per_step != 0:
+        require_count("online_buffer_size", "it is the number of sequences drawn at each resampling")
+        if self.online_buffer_size % self.online_samples_per_step != 0:
             raise ValueError(
                 f"`online_buffer_size` ({self.online_buffer_size}) must be a multiple of `online_samples_per_step` "
                 f"({self.online_samples_per_step}), which the steps take from it in turn; use "
@@ -385,13 +396,14 @@ class SoftPOConfig(DPOConfig):
         options = {
             name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         }
+        harmless = _HARMLESS_VLLM_KWARGS if self.use_vllm else _HARMLESS_KWARGS
         for name, value in [*options.items(), *(self.generation_kwargs or {}).items()]:
             neutral = _NEUTRAL_SAMPLING.get(name)
-            if neutral is None and name not in HARMLESS_GENERATION_KWARGS:
+            if neutral is None and name not in harmless:
                 raise ValueError(
                     f"`generation_kwargs` has `{name}={value!r}`, which may change the distribution that is sampled from, "
                     "while the regularizer is the KL divergence of the model's own. Remove it; supported are "
-                    f"{list(HARMLESS_GENERATION_KWARGS)}."
+                    f"{list(harmless)}."
                 )
             if neutral is not None and value not in neutral:
                 raise ValueError(
@@ -399,3 +411,5 @@ class SoftPOConfig(DPOConfig):
                     f"distribution, and samples drawn with another `{name}` would estimate another divergence. Set "
                     f"`{name}={neutral[0]}`."
                 )
+        # The others are at a value that changes nothing, and not every backend knows them
+        self.generation_kwargs = {k: v for k, v in (self.generation_kwargs or {}).items() if k in harmless} or None

@@ -28,7 +28,6 @@ from trl import DPOTrainer
 
 from .. import losses
 from .._compat import (
-    create_model_from_path,
     disable_gradient_checkpointing,
     get_config_model_id,
     no_reference_model,
@@ -36,6 +35,7 @@ from .._compat import (
 )
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
+from .checks import check_context, check_parallelism, check_policy, check_vocabulary, load_reference, refuse_vision
 from .online_kl import OnlineKL, OnlineKLOutput
 from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer, own_random_state
 from .preference_data import (
@@ -60,6 +60,9 @@ _TRAIN, _EVAL = 0, 1
 # Mean |α (log π(y_w) - log π(y_l))| at the start above which pairs look as if the model had not sampled them: the loss
 # then mostly pulls together likelihoods that differ for other reasons than the preference
 _OFF_POLICY_GAP = 4.0
+
+# Mean weight at the start below which the pairs hardly count
+_VANISHING_WEIGHT = 1e-2
 
 
 class SoftPOTrainer(DPOTrainer):
@@ -162,11 +165,11 @@ class SoftPOTrainer(DPOTrainer):
         elif not isinstance(args, SoftPOConfig):
             raise TypeError(f"`args` must be a `SoftPOConfig`, got `{type(args).__name__}`.")
         if isinstance(processing_class, ProcessorMixin):
-            _refuse_vision(f"`processing_class` is a `{type(processing_class).__name__}`")
+            refuse_vision(f"`processing_class` is a `{type(processing_class).__name__}`")
         if isinstance(train_dataset, Dataset | IterableDataset):
             columns = columns_of(train_dataset, "train")
             if columns & {"image", "images"}:
-                _refuse_vision(f"the train dataset has the columns {sorted(columns & {'image', 'images'})}")
+                refuse_vision(f"the train dataset has the columns {sorted(columns & {'image', 'images'})}")
         if regularization_dataset is not None:
             if args.beta == 0:
                 raise ValueError(
@@ -183,7 +186,7 @@ class SoftPOTrainer(DPOTrainer):
         if args.beta > 0 and args.precompute_ref_log_probs and ref_model is None and peft_config is None:
             # `DPOTrainer` keeps no reference then, but the KL regularizer needs it
             if isinstance(model, str) or not is_peft_model(model):
-                ref_model = _load_reference(model, args, quantization_config)
+                ref_model = load_reference(model, args, quantization_config)
 
         elif ref_model is not None and not uses_reference:
             raise ValueError(
@@ -207,9 +210,12 @@ class SoftPOTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         if self._is_vlm:
-            _refuse_vision(f"the model's processor is a `{type(self.processing_class).__name__}`")
-        self._check_reference()
-        self._check_parallelism()
+            refuse_vision(f"the model's processor is a `{type(self.processing_class).__name__}`")
+        if self.beta > 0:
+            check_policy(self.model, self.beta)
+            check_parallelism(self.accelerator, self.beta)
+            if self.ref_model is not None:
+                check_vocabulary(*map(self.accelerator.unwrap_model, (self.model, self.ref_model)))
 
         if data_collator is None:
             self.data_collator = DataCollatorForSoftPO(
@@ -231,64 +237,12 @@ class SoftPOTrainer(DPOTrainer):
             if regularization_dataset is not None:
                 dataset = prepare_prompts(regularization_dataset, self._tokenizer, args, "regularization")
             self._prompts = PromptSource(dataset, args.seed)
-            self._check_context(dataset)
+            check_context(dataset, self.model.config, args)
             self.sampler = CompletionSampler(self.model, args, self.accelerator, self._tokenizer)
             self.sample_buffer = SampleBuffer(args)
             self.online_kl = OnlineKL(self.ref_model, args, self.accelerator, self._tokenizer.pad_token_id)
             self._eval_prompts: PromptSource | None = None
             self._eval_kl: float | None = None
-
-    def _check_reference(self) -> None:
-        if is_peft_model(self.model) and self.beta > 0 and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"`beta={self.beta}` is not supported with the prompt-learning PEFT method "
-                f"{self.model.active_peft_config.peft_type.value}: the KL regularizer runs the backbone, which would not see "
-                "the learned prompt. Use LoRA, or set `beta=0`."
-            )
-        if self.ref_model is not None and self.beta > 0:
-            sizes = [
-                self.accelerator.unwrap_model(model).config.get_text_config().vocab_size
-                for model in (self.model, self.ref_model)
-            ]
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"`ref_model` has a vocabulary of {sizes[1]} tokens and `model` one of {sizes[0]}: their distributions "
-                    "cannot be compared. Pass a `ref_model` with the model's tokenizer, or leave it out."
-                )
-
-    def _check_parallelism(self) -> None:
-        if self.beta == 0:
-            return
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(
-                f"`beta={self.beta}` is not supported with `fsdp_version: 1`, which frees the reference's LM head after each of "
-                "its forward passes. Set `fsdp_version: 2` in the accelerate config, or use DeepSpeed."
-            )
-        parallelism = self.accelerator.parallelism_config
-        for name in ("tp_size", "cp_size", "sp_size"):
-            if getattr(parallelism, name, 1) > 1:
-                raise ValueError(
-                    f"`beta={self.beta}` is not supported with `{name}={getattr(parallelism, name)}`: the processes of a group "
-                    "would each draw online samples of their own. Use ZeRO-3 or FSDP2, or set `beta=0`."
-                )
-
-    def _check_context(self, dataset: Dataset | IterableDataset) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(dataset, IterableDataset):
-            return
-        lengths = [len(ids) for ids in dataset["prompt_ids"]]
-        if 0 in lengths:
-            raise ValueError(
-                f"The prompt of row {dataset['row_id'][lengths.index(0)]} has no tokens, so that no online sample can answer "
-                "it. Remove the row, use a tokenizer that adds a BOS token, or set `beta=0`."
-            )
-        longest = max(lengths)
-        if limit is not None and longest + self.args.max_completion_length > limit:
-            raise ValueError(
-                f"The longest prompt ({longest} tokens) and `max_completion_length={self.args.max_completion_length}` "
-                f"exceed the model's context of {limit} tokens. Set `max_completion_length` to at most "
-                f"{max(limit - longest, 1)}, or drop the longest prompts with a smaller `max_length`."
-            )
 
     def _prepare_dataset(
         self,
@@ -405,15 +359,12 @@ class SoftPOTrainer(DPOTrainer):
         mean = self._mass_mean if self.model.training else self._eval_mass_mean
         if self.args.weighting == "sigmoid" and mean is None:
             mass = losses.probability_mass(log_pi, self.args.gamma, in_denominator)
-            mean = self._global_mean(mass.sum(), mass.numel())
+            totals = self.accelerator.gather(torch.stack([mass.sum(), mass.new_tensor(len(mass))]).unsqueeze(0))
+            mean = totals[:, 0].sum() / totals[:, 1].sum()
         weights = losses.pair_weights(
             log_pi, self.args.weighting, self.args.gamma, in_denominator, self.args.weighting_scale, mean
         )
         return weights.new_zeros(terms.shape).masked_scatter(terms, weights)
-
-    def _global_mean(self, total: torch.Tensor, count: int) -> torch.Tensor:
-        totals = self.accelerator.gather(torch.stack([total, total.new_tensor(count)]).unsqueeze(0))
-        return totals[:, 0].sum() / totals[:, 1].sum()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Called once an optimizer step, with all of its micro-batches
@@ -422,23 +373,26 @@ class SoftPOTrainer(DPOTrainer):
         self._mass_mean = None
         if self.args.weighting == "sigmoid" and len(batches) > 1:
             self.model_wrapped.train()  # an evaluation has left it in the other mode
-            self._mass_mean = self._mean_mass(self.model_wrapped, batches)
+            self._mass_mean = self._mean_mass(self.model_wrapped, batches, self.accelerator.gather)
         return batches, num_items_in_batch
 
     @torch.no_grad()
-    def _mean_mass(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
-        """Mean of `v` over the global batch, which no single micro-batch knows: a forward pass of its own."""
-        total, count = torch.zeros((), device=self.accelerator.device), 0
+    def _mean_mass(
+        self, model: nn.Module, batches: Iterable[dict[str, Any]], gather: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Mean of `v` over batches of all processes, which no single one of them knows: a forward pass of its own."""
+        totals = torch.zeros(2, device=self.accelerator.device)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             for inputs in batches:
                 inputs = self._prepare_inputs(inputs)
                 _, logps, token_mask = self._forward(model, inputs)
                 layout = ListLayout(inputs)
                 log_pi = layout.arrange(self._reduce(logps, token_mask.sum(dim=1)))
-                _, log_pi, in_denominator = layout.denominators(log_pi)
-                total += losses.probability_mass(log_pi, self.args.gamma, in_denominator).sum()
-                count += len(log_pi)
-        return self._global_mean(total, count)
+                terms, log_pi, in_denominator = layout.denominators(log_pi)
+                mass = losses.probability_mass(log_pi, self.args.gamma, in_denominator)
+                mass = mass.new_zeros(terms.shape).masked_scatter(terms, mass)
+                totals += gather(torch.stack([mass.sum(dim=1), terms.sum(dim=1)], dim=1)).sum(dim=0)
+        return totals[0] / totals[1]
 
     def _add_preference_metrics(self, mode: str, table: dict[str, torch.Tensor], row_ids: torch.Tensor | None) -> None:
         # In training all micro-batches of a step are fetched ahead, so `gather_for_metrics` would take each for the last one
@@ -448,7 +402,8 @@ class SoftPOTrainer(DPOTrainer):
         table = dict(zip(table, columns, strict=True))
         if mode == "train":
             self._check_finite("loss", table["loss"], row_ids)
-            self._warn_if_off_policy(table["rewards/chosen"] - table["rewards/rejected"])
+            if self.state.global_step == 0 and self._micro_step == 0:
+                self._warn_at_the_start(table)
         add_preference_metrics(self._totals[mode], table)
 
     def _check_finite(self, what: str, values: torch.Tensor, row_ids: torch.Tensor | None) -> None:
@@ -462,12 +417,19 @@ class SoftPOTrainer(DPOTrainer):
             "at those rows. Nothing was saved for this step; resume from the last checkpoint."
         )
 
-    def _warn_if_off_policy(self, margins: torch.Tensor) -> None:
+    def _warn_at_the_start(self, table: dict[str, torch.Tensor]) -> None:
+        weight = (table["weights"].sum() / table["terms"].sum().clamp(min=1)).item()
+        if self.args.weighting == "power" and weight < _VANISHING_WEIGHT:
+            logger.warning(
+                f"The weights of the pairs are {weight:.1e} on average: with `gamma={self.args.gamma}` the probabilities of whole "
+                "responses all but switch the preference loss off against the KL regularizer. Use a smaller `gamma`, or "
+                "`weighting='sigmoid'`, whose weights are near 1."
+            )
         # Before the first step the policy is the reference, so this costs no forward pass of the reference
-        if self.state.global_step > 0 or self._micro_step > 0 or self.args.calibration == "reference":
-            return
-        gap = margins.abs().mean().item()  # rewards are α times the scores
-        if gap > _OFF_POLICY_GAP:
+        gap = (
+            (table["rewards/chosen"] - table["rewards/rejected"]).abs().mean().item()
+        )  # rewards are α times the scores
+        if self.args.calibration == "none" and gap > _OFF_POLICY_GAP:
             logger.warning(
                 f"The pairs look off-policy: at the start, |log π(chosen) - log π(rejected)| is {gap:.1f} times 1/α on average "
                 f"(α={self.args.alpha}). With `calibration='none'` such differences in likelihood and length drown the "
@@ -561,7 +523,9 @@ class SoftPOTrainer(DPOTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.args.weighting == "sigmoid" and self._eval_mass_mean is None:
             rows = DataLoader(self._eval_rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-            self._eval_mass_mean = self._mean_mass(model, self.accelerator.prepare(rows))
+            # Without the rows that pad the last batch of some processes
+            gather = self.accelerator.gather_for_metrics
+            self._eval_mass_mean = self._mean_mass(model, self.accelerator.prepare(rows), gather)
         if self.beta > 0 and self._eval_kl is None:
             # Not `model`, which in training is the unwrapped one: its ZeRO-3 hooks would stay on during generation
             self._eval_kl = self._measure_eval_kl(self.model_wrapped)
@@ -625,27 +589,3 @@ class SoftPOTrainer(DPOTrainer):
         settings = ("alpha", "beta", "calibration", "logp_reduction", "weighting", "gamma", "kl_estimator")
         settings += ("resample_steps", "online_samples_per_step", "online_buffer_size", "max_completion_length")
         save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
-
-
-def _refuse_vision(reason: str) -> None:
-    raise ValueError(
-        f"`SoftPOTrainer` trains text models, but {reason}. Train the language model alone, or use `trl.DPOTrainer` for "
-        "vision-language models."
-    )
-
-
-def _load_reference(
-    model: str | PreTrainedModel, args: SoftPOConfig, quantization_config: BitsAndBytesConfig | None
-) -> PreTrainedModel:
-    """A copy of the initial policy, loaded as `DPOTrainer` loads its reference."""
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if isinstance(model, str):
-        return create_model_from_path(model, **kwargs)
-    kwargs.setdefault("dtype", model.dtype)
-    kwargs.setdefault("attn_implementation", model.config._attn_implementation)
-    return create_model_from_path(get_config_model_id(model.config), **kwargs)
