@@ -62,7 +62,7 @@ def checksum(trainer: SoftPOTrainer) -> str:
     parameters = list(trainer.ref_model.parameters())
     with DistributedBackend(trainer.accelerator).gather_params(parameters):
         for parameter in parameters:
-            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(parameter.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -88,8 +88,8 @@ def run(world: Path, out: Path, scenario: str) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=not deepspeed,  # DeepSpeed has its own way to the CPU, and needs the backend named
-        ddp_backend="gloo" if deepspeed else None,
+        use_cpu=True,
+        ddp_backend="gloo" if deepspeed else None,  # without it DeepSpeed looks for one that this machine lacks
         **{"bf16": False, **options},
     )
     dataset = load_from_disk(str(world / "dataset"))
