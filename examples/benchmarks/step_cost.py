@@ -10,7 +10,9 @@ SoftPO's sampling is in its time, amortised as in training. Random weights hardl
 sample has the full `--completion_length` tokens, as many as the pairs' completions.
 
 On the CPU the time of the process itself is shown beside the time on the clock, and the ratio to DPO is that of the
-former: other processes on the machine hardly disturb it.
+former: other processes on the machine hardly disturb it. The memory there is what PyTorch has allocated at the peak of
+one more resampling period, by its profiler (what the process holds depends on how the C library hands memory back),
+with the weights and the optimizer's state.
 
     python examples/benchmarks/step_cost.py --json step_cost_cpu.json
     python examples/benchmarks/step_cost.py --device cuda --size qwen2-0.5b --json step_cost_gpu.json
@@ -23,7 +25,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -120,6 +121,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     """One process: trains with one method, whenever it is its turn."""
     import torch
     from datasets import Dataset, disable_progress_bars
+    from torch.profiler import ProfilerActivity
     from transformers import TrainerCallback
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
@@ -132,18 +134,19 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
 
-    def memory() -> float:
-        """Peak so far, in MiB."""
-        if cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def held(trainer) -> int:
+        """Bytes of the weights and the optimizer's state."""
+        tensors = [*trainer.model.parameters(), *(trainer.ref_model.parameters() if trainer.ref_model else ())]
+        tensors += [x for state in trainer.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def now() -> float:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    seconds, cpu_seconds = [], []
+    seconds, cpu_seconds, peaks = [], [], []
+    timed_steps = args.block_steps * (args.rounds + 1)  # the first round warms up
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -152,13 +155,24 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
             ready.wait(TIMEOUT)
 
         def on_step_begin(self, _, state, control, **kwargs):
-            if state.global_step % args.block_steps == 0:
+            if state.global_step >= timed_steps:
+                self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                self.profiler.start()
+            elif state.global_step % args.block_steps == 0:
                 if not mine.acquire(timeout=TIMEOUT):
                     raise TimeoutError(f"{name}: the other processes do not come to an end.")
                 self.start, self.cpu_start = now(), time.process_time()
 
         def on_step_end(self, _, state, control, **kwargs):
-            if state.global_step % args.block_steps == 0:
+            if state.global_step > timed_steps:
+                self.profiler.stop()
+                trace = os.path.join(folder, f"{name}.json")
+                self.profiler.export_chrome_trace(trace)
+                with open(trace) as file:
+                    events = [event["args"] for event in json.load(file)["traceEvents"] if event["name"] == "[memory]"]
+                # Counted from the profiler's start
+                peaks.append(max(event["Total Allocated"] for event in events if event["Device Type"] == 0))
+            elif state.global_step % args.block_steps == 0:
                 seconds.append((now() - self.start) / args.block_steps)
                 cpu_seconds.append((time.process_time() - self.cpu_start) / args.block_steps)
                 following.release()
@@ -166,7 +180,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     options = dict(METHODS[name])
     common = {
         "output_dir": os.path.join(folder, "output"),
-        "max_steps": args.block_steps * (args.rounds + 1),  # the first round warms up
+        "max_steps": timed_steps + (0 if cuda else args.block_steps),
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": 1e-6,
         "max_length": None,
@@ -189,14 +203,13 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     pairs = make_pairs(
         args.batch_size * 64, SIZES[args.size]["vocab_size"], args.prompt_length, args.completion_length
     )
-    baseline = memory()
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the trainer prints its log
         trainer = trainer_class(
             folder, args=training_args, train_dataset=Dataset.from_list(pairs), callbacks=[Turns()]
         )
         trainer.train()
-    peak = memory() - (0 if cuda else baseline)
-    results.put({"method": name, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_mib": peak})
+    peak = torch.cuda.max_memory_allocated() if cuda else held(trainer) + max(peaks)
+    results.put({"method": name, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_mib": peak / 2**20})
 
 
 def machine(device: str, threads: int) -> str:
@@ -284,7 +297,7 @@ def main() -> None:
         make_model(Path(folder), args.size, args.device, 2 * (args.prompt_length + args.completion_length))
         results = measure(args, folder)
 
-    # Both responses of each pair, prompts included
+    # Both responses of each pair, with their prompts
     tokens = 2 * args.batch_size * (args.prompt_length + args.completion_length)
     where = machine(args.device, args.threads)
     samples = args.online_samples_per_step or SoftPOConfig.online_samples_per_step
@@ -294,10 +307,7 @@ def main() -> None:
         f"tokens; {samples} online samples a step, {args.online_buffer_size or samples} drawn every {period} steps; "
         f"{args.rounds} rounds of {args.block_steps} steps; ± 95 % over rounds\n"
     )
-    memory_name = "peak memory" if args.device == "cuda" else "peak RSS above the start"
-    print(
-        f"| method | ms / step | CPU ms / step | pair tokens / s | {memory_name} (MiB) | time / DPO | memory / DPO |"
-    )
+    print("| method | ms / step | CPU ms / step | pair tokens / s | peak memory (MiB) | time / DPO | memory / DPO |")
     print("|---|---|---|---|---|---|---|")
     base = next((result for result in results if result["method"] == "DPO"), results[0])
     compared = "seconds" if args.device == "cuda" else "cpu_seconds"

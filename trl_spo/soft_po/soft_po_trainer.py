@@ -439,14 +439,27 @@ class SoftPOTrainer(DPOTrainer):
     # KL regularizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # The regularizer's backward is a pass of its own, so that at no time both graphs are in memory
-        kl_loss = self._kl_training_step(model) if self.beta > 0 else 0.0
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        samples = self._take_samples(model) if self.beta > 0 else []
+        # Pairs and samples each have a backward of their own, so that at no time both graphs are in memory. The pairs come
+        # first: theirs is the larger graph as a rule, and at its peak there are no gradients yet.
+        with self._without_gradient_sync(model) if samples else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        chunks = list(self.online_kl.chunks(samples)) if samples else []
+        for i, chunk in enumerate(chunks, start=1):
+            sync = nullcontext() if i == len(chunks) else self._without_gradient_sync(model)
+            with sync, self.maybe_activation_offload_context:
+                output = self.online_kl(model, chunk)
+                self._add_kl_metrics("train", output, chunk)
+                kl_loss = self.beta * output.loss.sum() / self.args.online_samples_per_step
+                # DeepSpeed would divide by the accumulation steps
+                kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(kl_loss, **kwargs)
+            loss = loss + kl_loss.detach()
         self._micro_step += 1
-        return loss + kl_loss
+        return loss
 
-    def _kl_training_step(self, model: nn.Module) -> torch.Tensor | float:
-        """Adds the regularizer's gradient; returns its share of the loss."""
+    def _take_samples(self, model: nn.Module) -> list[OnlineSample]:
+        """The online samples of this micro-batch, drawn anew when they are due."""
         step, buffer = self.state.global_step, self.sample_buffer
         model.train()
         if self._micro_step == 0:
@@ -457,27 +470,14 @@ class SoftPOTrainer(DPOTrainer):
                 self.online_kl.annotate(model, buffer.samples)
             elif buffer.samples[0].reference_hidden is None:  # restored from a checkpoint
                 self.online_kl.annotate(model, buffer.samples)
-        samples = buffer.micro_batch(step, self._micro_step, self.current_gradient_accumulation_steps)
-        if not samples:
-            return 0.0
-        total = torch.zeros((), device=self.args.device)
-        for chunk in self.online_kl.chunks(samples):
-            with self._without_gradient_sync(model), self.maybe_activation_offload_context:
-                output = self.online_kl(model, chunk)
-                self._add_kl_metrics("train", output, chunk)
-                loss = self.beta * output.loss.sum() / self.args.online_samples_per_step
-                # DeepSpeed would divide by the accumulation steps
-                kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                self.accelerator.backward(loss, **kwargs)
-            total += loss.detach()
-        return total
+        return buffer.micro_batch(step, self._micro_step, self.current_gradient_accumulation_steps)
 
     @contextmanager
     def _without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
         """For a backward pass that another one follows before the optimizer steps."""
         state = self.accelerator.gradient_state
         if self.is_deepspeed_enabled:
-            # `accelerator.backward` also steps the engine at the boundary, which the pairs' backward is
+            # `accelerator.backward` also steps the engine at the boundary, which the last backward is
             sync = state.sync_gradients
             state._set_sync_gradients(False)
             try:
