@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .soft_po import SoftPOConfig, SoftPOTrainer
+    from .stable_po import StablePOConfig, StablePOTrainer
 
 
 __version__ = "0.1.0"  # equal to the version in pyproject.toml
@@ -21,9 +22,11 @@ __version__ = "0.1.0"  # equal to the version in pyproject.toml
 _PUBLIC = {
     "SoftPOConfig": "soft_po",
     "SoftPOTrainer": "soft_po",
+    "StablePOConfig": "stable_po",
+    "StablePOTrainer": "stable_po",
 }
 
-__all__ = ["SoftPOConfig", "SoftPOTrainer", "__version__"]
+__all__ = ["SoftPOConfig", "SoftPOTrainer", "StablePOConfig", "StablePOTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

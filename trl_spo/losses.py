@@ -266,3 +266,249 @@ def importance_weights(logps: torch.Tensor, old_logps: torch.Tensor, cap: float 
     """
     ratios = torch.exp(logps.detach() - old_logps)
     return ratios if cap is None else ratios.clamp(max=cap)
+
+
+def cpo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    beta: float,
+    nll_weight: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    Contrastive Preference Optimization's loss ([arXiv 2401.08417](https://huggingface.co/papers/2401.08417)), reference-free.
+
+    `-log σ(β (log π(y_w|x) - log π(y_l|x))) - λ log π(y_w|x) / |y_w|`: DPO's loss with a uniform reference, and behaviour
+    cloning of the chosen response (per token, as in TRL's CPOTrainer).
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the preferred responses, in nats.
+        rejected_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the other responses, in nats.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+        beta (`float`):
+            Inverse temperature β.
+        nll_weight (`float`, *optional*, defaults to `1.0`):
+            Weight λ of the behaviour cloning.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair.
+    """
+    nll = -chosen_logps / chosen_lengths
+    return -F.logsigmoid(beta * (chosen_logps - rejected_logps)) + nll_weight * nll
+
+
+def dpop_loss(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float, penalty: float = 50.0
+) -> torch.Tensor:
+    r"""
+    DPO-Positive's loss (Smaug, [arXiv 2402.13228](https://huggingface.co/papers/2402.13228)).
+
+    `-log σ(β (ρ_w - ρ_l - λ [-ρ_w]_+))` with `ρ = log π(y|x) - log π_ref(y|x)`: DPO's, with a penalty on a chosen response that
+    becomes less probable than under the reference.
+
+    Args:
+        chosen_logratios (`torch.Tensor` of shape `(B,)`):
+            `ρ_w`, in nats.
+        rejected_logratios (`torch.Tensor` of shape `(B,)`):
+            `ρ_l`, in nats.
+        beta (`float`):
+            Inverse temperature β.
+        penalty (`float`, *optional*, defaults to `50.0`):
+            λ.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair.
+    """
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - penalty * F.relu(-chosen_logratios)))
+
+
+def rdpo_loss(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float,
+    length_penalty: float = 0.01,
+) -> torch.Tensor:
+    r"""
+    R-DPO's loss, regularized in length ([arXiv 2403.19159](https://huggingface.co/papers/2403.19159)).
+
+    `-log σ(β (ρ_w - ρ_l) + α (|y_w| - |y_l|))` with `ρ = log π(y|x) - log π_ref(y|x)`: the policy is optimal for the reward minus
+    `α |y|`, so a preference for the longer response is in part explained by its length.
+
+    Args:
+        chosen_logratios (`torch.Tensor` of shape `(B,)`):
+            `ρ_w`, in nats.
+        rejected_logratios (`torch.Tensor` of shape `(B,)`):
+            `ρ_l`, in nats.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+        rejected_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the other responses.
+        beta (`float`):
+            Inverse temperature β.
+        length_penalty (`float`, *optional*, defaults to `0.01`):
+            α, in units of reward per token.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair.
+    """
+    logits = beta * (chosen_logratios - rejected_logratios)
+    return -F.logsigmoid(logits + length_penalty * (chosen_lengths - rejected_lengths))
+
+
+def simpo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    SimPO's loss ([arXiv 2405.14734](https://huggingface.co/papers/2405.14734)), reference-free.
+
+    `-log σ(β log π(y_w|x) / |y_w| - β log π(y_l|x) / |y_l| - γ)`.
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the preferred responses, in nats.
+        rejected_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the other responses, in nats.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+        rejected_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the other responses.
+        beta (`float`, *optional*, defaults to `2.0`):
+            Inverse temperature β.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Target margin γ of the reward.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair.
+    """
+    return -F.logsigmoid(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma)
+
+
+def alphadpo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    ref_chosen_logps: torch.Tensor,
+    ref_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    alpha: float = 0.1,
+    batch_margins: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    AlphaDPO's loss, SimPO's with a margin of its own for each pair ([arXiv 2410.10148](https://huggingface.co/papers/2410.10148)).
+
+    `-log σ(u - sg(γ + α M*))` with `u = β (log π(y_w|x) / |y_w| - log π(y_l|x) / |y_l|)`, `M` the same of `log π - log π_ref`, and `M*` its
+    z-score over the batch.
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the preferred responses, in nats.
+        rejected_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the other responses, in nats.
+        ref_chosen_logps (`torch.Tensor` of shape `(B,)`):
+            The reference's, of the preferred responses.
+        ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
+            The reference's, of the other responses.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+        rejected_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the other responses.
+        beta (`float`, *optional*, defaults to `2.0`):
+            Inverse temperature β.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Margin γ.
+        alpha (`float`, *optional*, defaults to `0.1`):
+            Weight α of the pair's own margin; with 0 it is [`simpo_loss`].
+        batch_margins (`torch.Tensor` of shape `(N,)`, *optional*):
+            `M` of the global batch, which it is standardised with, see [`alphadpo_margins`]. By default this batch's.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: loss of each pair.
+    """
+    utility = beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths)
+    margins = alphadpo_margins(
+        chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps, chosen_lengths, rejected_lengths, beta
+    )
+    if batch_margins is None:
+        batch_margins = margins
+    # At the start policy and reference are equal: the margins are then rounding errors, which must not become z-scores
+    standardised = (margins - batch_margins.mean()) / (batch_margins.std() + 1e-6)
+    return -F.logsigmoid(utility - (gamma + alpha * standardised))
+
+
+def alphadpo_margins(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """`M = β (ρ_w / |y_w| - ρ_l / |y_l|)` of [`alphadpo_loss`], with `ρ = log π(y|x) - log π_ref(y|x)`. Detached, of shape `(B,)`."""
+    return (beta * (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths)).detach()
+
+
+def nll_regularizer(chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.Tensor:
+    r"""
+    Stable PO's absolute-probability regularizer `-log π(y_w|x) / |y_w|` (arXiv 2507.07723; its form is our choice).
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the preferred responses, in nats.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return -chosen_logps / chosen_lengths
+
+
+def floor_regularizer(
+    chosen_logps: torch.Tensor, ref_chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Stable PO's regularizer with a floor, `[log π_ref(y_w|x) - log π(y_w|x)]_+ / |y_w|` (arXiv 2507.07723; our choice).
+
+    Args:
+        chosen_logps (`torch.Tensor` of shape `(B,)`):
+            Log-probabilities of the preferred responses, in nats.
+        ref_chosen_logps (`torch.Tensor` of shape `(B,)`):
+            The reference's.
+        chosen_lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of the preferred responses.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return F.relu(ref_chosen_logps - chosen_logps) / chosen_lengths
+
+
+def sft_penalty(sft_loss: torch.Tensor, anchor_loss: torch.Tensor | float, slack: float = 0.0) -> torch.Tensor:
+    r"""
+    Stable PO's penalty `[L_SFT(θ) - L_SFT(sg anchor) - ε]_+`: the optimal-value constraint of the lower level moved into the
+    upper one (arXiv 2507.07723 v2; anchor and slack are our choice).
+
+    Args:
+        sft_loss (`torch.Tensor`, scalar):
+            `L_SFT(θ)`, the mean negative log-probability of the chosen tokens, in nats.
+        anchor_loss (`torch.Tensor`, scalar):
+            That of the anchor.
+        slack (`float`, *optional*, defaults to `0.0`):
+            ε, in nats per token.
+
+    Returns:
+        `torch.Tensor`, scalar.
+    """
+    anchor_loss = anchor_loss.detach() if torch.is_tensor(anchor_loss) else anchor_loss
+    return F.relu(sft_loss - anchor_loss - slack)
