@@ -157,6 +157,8 @@ class StablePOTrainer(DPOTrainer):
 
         self._totals = {"train": MetricTotals(), "eval": MetricTotals()}
         self._eval_prefix = "eval"
+        self._is_deployed = False  # the weights are θ' for good
+        self._saves_checkpoint = False
         self._micro_step = 0  # index of the next micro-batch in the optimizer step
         self._batches: list[dict[str, Any]] = []  # of the optimizer step, for the lower level
         self._anchors: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the lower level, one for each of them
@@ -340,11 +342,16 @@ class StablePOTrainer(DPOTrainer):
             raise
 
     def train(self, *args, **kwargs):
+        self._is_deployed = False
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         finally:
             if self.inner is not None:
                 self.inner.restore()  # if something outside of `training_step` stopped in the middle of a step
+        if self._deploys:  # what the user goes on with
+            self._deploy()
+            self._is_deployed = True
+        return output
 
     def _begin_step(self) -> None:
         """The lower level's steps, on all micro-batches of the optimizer step: one large batch and many small ones agree."""
@@ -450,7 +457,7 @@ class StablePOTrainer(DPOTrainer):
     @contextmanager
     def _deployed(self) -> Iterator[None]:
         """The weights that solve the unrolled problem, θ' and not θ, for as long as the block runs."""
-        if self.args.bilevel != "unrolled" or self.args.deploy_inner_steps == 0 or self._is_deployed:
+        if not self._deploys or self._is_deployed:
             yield
             return
         if self.inner is None:
@@ -459,9 +466,12 @@ class StablePOTrainer(DPOTrainer):
             self._deploy()
             yield
 
-    _is_deployed = False
+    @property
+    def _deploys(self) -> bool:
+        return self.args.bilevel == "unrolled" and self.args.deploy_inner_steps > 0
 
     def _deploy(self) -> None:
+        """Moves from θ to θ'."""
         totals, self._totals["train"] = self._totals["train"], MetricTotals()  # these steps are not training's
         try:
             self._descend([[chosen_half(batch)] for batch in self._deployment_batches()], self.inner.move)
@@ -475,7 +485,7 @@ class StablePOTrainer(DPOTrainer):
         rows = self.train_dataset
         if isinstance(rows, Dataset):
             generator = torch.Generator().manual_seed(self.args.seed)
-            rows = (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
+            rows = rows.select(torch.randperm(len(rows), generator=generator).tolist())
         rows = list(islice(rows, size * count * world))
         for step in range(count):
             batch = rows[step * size * world : (step + 1) * size * world][rank::world]
@@ -490,6 +500,18 @@ class StablePOTrainer(DPOTrainer):
         self._totals["eval"] = MetricTotals()
         with self._deployed():
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'
+        with nullcontext() if self._saves_checkpoint else self._deployed():
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_checkpoint = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", f"{self._eval_prefix}_")

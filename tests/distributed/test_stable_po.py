@@ -1,0 +1,74 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Stable PO in two processes against one: DDP and a real DeepSpeed engine (ZeRO-1, 2 and 3), on the CPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+SCRIPT = Path(__file__).parent / "stable_po_script.py"
+_spec = importlib.util.spec_from_file_location("stable_po_script", SCRIPT)
+_script = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_script)
+SCENARIOS = list(_script.SCENARIOS)
+TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+@pytest.fixture(scope="module")
+def single(world, launch, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("single")
+    launch("none", SCRIPT, str(world), str(out), processes=1)
+    return out
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def two(request, world, launch, tmp_path_factory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp(request.param)
+    launch(request.param, SCRIPT, str(world), str(out))
+    return request.param, out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = {}
+    for file in folder.glob("*.safetensors"):
+        state.update(load_file(file))
+    return state
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
+    backend, out = two
+    result = report(out / scenario)
+    assert TYPES[backend] in result["distributed_type"] and result["processes"] == 2
+    expected, found = weights(single / scenario), weights(out / scenario)
+    assert expected and expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for ours, theirs in zip(result["log"][:4], report(single / scenario)["log"][:4], strict=True):
+        for name in theirs:
+            if name.startswith(("stable/", "logps/", "displacement/", "loss", "rewards/")) and name in ours:
+                assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_scenario_tests_something(single, scenario):
+    """The lower level moves the weights, or the penalty is open, in each of them."""
+    log = report(single / scenario)["log"][:4]
+    if scenario.startswith(("alternating", "unrolled")) or "lower_level" in scenario:
+        assert min(entry["stable/inner_step_norm"] for entry in log) > 1e-4
+        assert min(entry["stable/sft_gain"] for entry in log) > 0
+    if "bilevel" not in _script.SCENARIOS[scenario]:
+        assert max(entry["stable/penalty_active"] for entry in log) > 0
