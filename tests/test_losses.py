@@ -285,3 +285,106 @@ class TestKL:
         truncated = losses.importance_weights(now, old, cap=3.0)
         torch.testing.assert_close(truncated, torch.tensor([2.0, 0.5, 3.0]))
         assert not truncated.requires_grad
+
+
+def _batch(n=7):
+    """Log-probabilities of two responses under policy and reference, and their lengths."""
+    logps = [-torch.rand(n) * 20 - 1 for _ in range(4)]
+    lengths = [torch.randint(1, 30, (n,)).double() for _ in range(2)]
+    return *logps, *lengths
+
+
+def _bradley_terry(reward_w, reward_l):
+    """-log P(y_w > y_l), from the probabilities."""
+    return -(reward_w.exp() / (reward_w.exp() + reward_l.exp())).log()
+
+
+class TestUpperLosses:
+    """Each from its reward and the Bradley-Terry model, in probabilities rather than log-sigmoids."""
+
+    def test_cpo(self):
+        w, l, _, _, n_w, _ = _batch()
+        expected = _bradley_terry(0.3 * w, 0.3 * l) + 0.7 * -(w / n_w)
+        torch.testing.assert_close(losses.cpo_loss(w, l, n_w, 0.3, 0.7), expected)
+
+    def test_dpop(self):
+        w, l, ref_w, ref_l, _, _ = _batch()
+        # The paper: the log-ratio of the chosen one loses λ max(0, log(π_ref(y_w) / π(y_w)))
+        penalty = torch.maximum(torch.zeros(()), ref_w - w)
+        expected = _bradley_terry(0.3 * (w - ref_w - 5 * penalty), 0.3 * (l - ref_l))
+        torch.testing.assert_close(losses.dpop_loss(w - ref_w, l - ref_l, 0.3, 5.0), expected)
+
+    def test_dpop_is_dpo_above_the_reference(self):
+        w, l = torch.rand(5), torch.randn(5)
+        torch.testing.assert_close(losses.dpop_loss(w, l, 0.3, 50.0), _bradley_terry(0.3 * w, 0.3 * l))
+
+    def test_rdpo_is_optimal_for_the_reward_less_the_length(self):
+        # The policy π_ref exp((r - α|y|) / β) / Z: from its log-ratios and the lengths the loss must find r again
+        n_w, n_l = torch.tensor([3.0, 20.0]), torch.tensor([10.0, 4.0])
+        r_w, r_l, log_z = torch.randn(2), torch.randn(2), torch.randn(2)
+        ratio_w, ratio_l = (r_w - 0.02 * n_w) / 0.5 - log_z, (r_l - 0.02 * n_l) / 0.5 - log_z
+        loss = losses.rdpo_loss(ratio_w, ratio_l, n_w, n_l, 0.5, 0.02)
+        torch.testing.assert_close(loss, _bradley_terry(r_w, r_l))
+
+    def test_simpo(self):
+        w, l, _, _, n_w, n_l = _batch()
+        expected = _bradley_terry(2.5 * w / n_w - 0.8, 2.5 * l / n_l)
+        torch.testing.assert_close(losses.simpo_loss(w, l, n_w, n_l, 2.5, 0.8), expected)
+
+    def test_alphadpo(self):
+        w, l, ref_w, ref_l, n_w, n_l = _batch()
+        margin = (2.0 * ((w - ref_w) / n_w - (l - ref_l) / n_l)).tolist()
+        mean = sum(margin) / len(margin)
+        std = math.sqrt(sum((m - mean) ** 2 for m in margin) / (len(margin) - 1))
+        threshold = torch.tensor([0.5 + 0.3 * (m - mean) / std for m in margin])
+        expected = _bradley_terry(2.0 * w / n_w - threshold, 2.0 * l / n_l)
+        found = losses.alphadpo_loss(w, l, ref_w, ref_l, n_w, n_l, 2.0, 0.5, 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+    def test_alphadpo_margin_has_no_gradient(self):
+        w, l, ref_w, ref_l, n_w, n_l = _batch()
+        gradients = []
+        for alpha in (0.0, 0.3):
+            w.requires_grad_().grad = None
+            loss = losses.alphadpo_loss(w, l, ref_w, ref_l, n_w, n_l, 2.0, 0.5, alpha)
+            gradients.append(torch.autograd.grad(loss.sum(), w)[0] / (1 - torch.exp(-loss.detach())) / 2.0)
+        # -β P(wrong) / |y_w| in both cases, of the P(wrong) of its own threshold
+        torch.testing.assert_close(gradients[0], gradients[1])
+        torch.testing.assert_close(gradients[0], -1 / n_w)
+
+    def test_alphadpo_at_the_start_is_simpo(self):
+        w, l, _, _, n_w, n_l = _batch()
+        noise = 1e-9 * torch.randn(7)
+        found = losses.alphadpo_loss(w, l, w + noise, l, n_w, n_l, 2.0, 0.5, 0.3)
+        torch.testing.assert_close(found, losses.simpo_loss(w, l, n_w, n_l, 2.0, 0.5), rtol=1e-3, atol=1e-3)
+
+    def test_alphadpo_of_a_part_of_the_batch(self):
+        batch = _batch()
+        w, l, ref_w, ref_l, n_w, n_l = batch
+        margins = losses.alphadpo_margins(w - ref_w, l - ref_l, n_w, n_l, 2.0)
+        part = losses.alphadpo_loss(*(x[:3] for x in batch), 2.0, 0.5, 0.3, batch_margins=margins)
+        torch.testing.assert_close(part, losses.alphadpo_loss(*batch, 2.0, 0.5, 0.3)[:3])
+
+
+class TestLowerLevel:
+    def test_nll(self):
+        # Of a response of 4 tokens with probability 1/2 each
+        found = losses.nll_regularizer(torch.tensor([4 * math.log(0.5)]), torch.tensor([4.0]))
+        torch.testing.assert_close(found, torch.tensor([math.log(2)]))
+
+    def test_floor(self):
+        chosen, reference = torch.tensor([-3.0, -8.0], requires_grad=True), torch.tensor([-5.0, -5.0])
+        found = losses.floor_regularizer(chosen, reference, torch.tensor([2.0, 3.0]))
+        torch.testing.assert_close(found, torch.tensor([0.0, 1.0]))
+        found.sum().backward()
+        torch.testing.assert_close(chosen.grad, torch.tensor([0.0, -1 / 3]))
+
+    @pytest.mark.parametrize(("sft_loss", "value", "slope"), [(2.5, 0.25, 1.0), (2.25, 0.0, 0.0), (2.0, 0.0, 0.0)])
+    def test_penalty(self, sft_loss, value, slope):
+        sft_loss = torch.tensor(sft_loss, requires_grad=True)
+        anchor = torch.tensor(2.0, requires_grad=True)
+        penalty = losses.sft_penalty(sft_loss, anchor, 0.25)
+        assert penalty == value
+        penalty.backward()
+        assert sft_loss.grad == slope
+        assert anchor.grad is None

@@ -246,6 +246,20 @@ class InnerStep:
         self._saved = None
 
     @contextmanager
+    def back_home(self) -> Iterator[None]:
+        """The weights of the last [`~InnerStep.save`] for the block, and then those of now again."""
+        home, self._saved = self._saved, None
+        self.save()
+        away, self._saved = self._saved, home
+        self.restore()
+        try:
+            yield
+        finally:
+            self._saved = away
+            self.restore()
+            self._saved = home
+
+    @contextmanager
     def saved(self) -> Iterator[None]:
         """The weights are those of before again, however the block is left."""
         self.save()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -388,7 +388,7 @@ class StablePOTrainer(DPOTrainer):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         return InnerStep(model, self.accelerator, self._sft_nll, self.args.gradient_checkpointing_kwargs)
 
-    def _descend(self, steps: list[list[dict[str, Any]]], move: Callable) -> torch.Tensor:
+    def _descend(self, steps: Iterable[list[dict[str, Any]]], move: Callable) -> torch.Tensor:
         """Takes a step of the lower level for each of the lists of batches; returns the SFT loss before them."""
         size, path, first_loss = self.inner.norm(), 0.0, None
         for batches in steps:
@@ -474,26 +474,31 @@ class StablePOTrainer(DPOTrainer):
         """Moves from θ to θ'."""
         totals, self._totals["train"] = self._totals["train"], MetricTotals()  # these steps are not training's
         try:
-            self._descend([[chosen_half(batch)] for batch in self._deployment_batches()], self.inner.move)
+            self._descend(self._deployment_batches(), self.inner.move)
         finally:
             self._totals["train"] = totals
 
-    def _deployment_batches(self) -> Iterator[dict[str, Any]]:
-        """The same batches of training pairs each time."""
-        size, count = self.args.per_device_train_batch_size, self.args.deploy_inner_steps
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+    def _deployment_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """The same training pairs each time: for each step as many micro-batches as a step of the optimizer has."""
+        size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        steps, world, rank = (
+            self.args.deploy_inner_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
         rows = self.train_dataset
         if isinstance(rows, Dataset):
             generator = torch.Generator().manual_seed(self.args.seed)
             rows = rows.select(torch.randperm(len(rows), generator=generator).tolist())
-        rows = list(islice(rows, size * count * world))
-        for step in range(count):
-            batch = rows[step * size * world : (step + 1) * size * world][rank::world]
-            if not batch:
+        rows = list(islice(rows, size * accumulation * world * steps))
+        for step in range(steps):
+            share = rows[step * size * accumulation * world : (step + 1) * size * accumulation * world][rank::world]
+            if not share:
                 raise ValueError(
-                    f"`deploy_inner_steps={count}` asks for more batches than the train dataset has. Use fewer."
+                    f"`deploy_inner_steps={steps}` asks for more batches than the train dataset has. Use fewer."
                 )
-            yield self._prepare_inputs(self.data_collator(batch))
+            batches = [self.data_collator(share[first : first + size]) for first in range(0, len(share), size)]
+            yield [chosen_half(self._prepare_inputs(batch)) for batch in batches]
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_prefix = metric_key_prefix
@@ -502,8 +507,12 @@ class StablePOTrainer(DPOTrainer):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'
-        with nullcontext() if self._saves_checkpoint else self._deployed():
+        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'; in the middle of a step, θ
+        if self.inner is not None and self.inner.is_away:
+            weights = self.inner.back_home()
+        else:
+            weights = nullcontext() if self._saves_checkpoint else self._deployed()
+        with weights:
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):

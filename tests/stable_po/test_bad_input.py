@@ -1,0 +1,121 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Each mistake gives one clear error, at construction, that names the option, its value and the way out."""
+
+import pytest
+from datasets import Dataset
+
+from trl_spo import StablePOConfig, StablePOTrainer
+
+
+BASE = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 1}
+UNROLLED = {"bilevel": "unrolled"}
+
+BAD_OPTIONS = [
+    ({"bilevel": "alternating", "inner_learning_rate": 0.0}, r"`inner_learning_rate` must be finite and > 0, got 0.0"),
+    (
+        {"bilevel": "alternating", "inner_learning_rate": -1.0},
+        r"`inner_learning_rate` must be finite and > 0, got -1.0",
+    ),
+    ({"bilevel": "alternating", "inner_learning_rate": "fast"}, r"must be a number or 'auto', got 'fast'"),
+    ({"bilevel": "alternating", "inner_step_fraction": 0.0}, r"`inner_step_fraction` must be finite and > 0, got 0.0"),
+    ({"bilevel": "alternating", "inner_steps": 0}, r"`inner_steps` must be a whole number and >= 1, got 0"),
+    ({"bilevel": "alternating", "inner_steps": 1.5}, r"`inner_steps` must be a whole number and >= 1, got 1.5"),
+    ({"regularizer": "nll", "regularizer_weight": -0.1}, r"`regularizer_weight` must be finite and >= 0, got -0.1"),
+    ({"penalty_weight": -1.0}, r"`penalty_weight` must be finite and >= 0, got -1.0"),
+    ({"penalty_weight": float("nan")}, r"`penalty_weight` must be finite and >= 0, got nan"),
+    ({"penalty_slack": -1e-3}, r"`penalty_slack` must be finite and >= 0, got -0.001"),
+    ({**UNROLLED, "deploy_inner_steps": -1}, r"`deploy_inner_steps` must be a whole number and >= 0, got -1"),
+    ({"upper_loss": "dpo"}, r"`upper_loss` has 'dpo', which is unknown. Should be one of \['sigmoid'"),
+    ({"upper_loss": []}, r"`upper_loss` is empty"),
+    ({"upper_loss": ["simpo", "cpo"], "loss_weights": [1.0]}, r"Got 1 weights for 2 losses"),
+    ({"upper_loss": "simpo", "simpo_beta": 0.0}, r"`simpo_beta` must be finite and > 0, got 0.0"),
+    ({"upper_loss": "dpop", "dpop_lambda": -1.0}, r"`dpop_lambda` must be finite and >= 0, got -1.0"),
+    ({"bilevel": "nested"}, r"`bilevel` must be one of \['penalty', 'alternating', 'unrolled'\], got 'nested'"),
+    ({"regularizer": "l2"}, r"`regularizer` must be one of \['none', 'nll', 'floor'\], got 'l2'"),
+    ({"penalty_anchor": "sft"}, r"`penalty_anchor` must be one of"),
+    ({**UNROLLED, "hypergradient": "second"}, r"`hypergradient` must be one of"),
+    ({**UNROLLED, "hypergradient": "exact", "inner_steps": 2}, r"supports `inner_steps=1` only, got 2.*'first_order'"),
+    ({"loss_type": ["ipo"]}, r"`loss_type=\['ipo'\]` is not read.*Set `upper_loss=\['ipo'\]`"),
+    # Options that the chosen combination does not read
+    ({"simpo_gamma": 0.5}, r"`simpo_gamma=0.5` is not read by `upper_loss=\['sigmoid'\]`, only by"),
+    ({"upper_loss": "simpo", "label_smoothing": 0.1}, r"`label_smoothing=0.1` is not read by"),
+    ({"upper_loss": "cpo", "use_weighting": True}, r"`use_weighting=True` is not read by"),
+    ({"inner_steps": 3}, r"`inner_steps=3` is not read with `bilevel='penalty'` and `penalty_anchor='reference'`"),
+    ({"bilevel": "alternating", "hypergradient": "exact"}, r"`hypergradient='exact'` is not read with"),
+    (
+        {"bilevel": "alternating", "penalty_weight": 3.0},
+        r"`penalty_weight=3.0` is not read with `bilevel='alternating'`",
+    ),
+    ({"bilevel": "alternating", "deploy_inner_steps": 2}, r"`deploy_inner_steps=2` is not read with"),
+    (
+        {"bilevel": "alternating", "inner_learning_rate": 0.1, "inner_step_fraction": 1e-3},
+        r"`inner_step_fraction=0.001` is read with `inner_learning_rate='auto'` only",
+    ),
+    ({"ld_alpha": 0.5}, r"`ld_alpha=0.5` is not supported with `penalty_anchor='reference'`"),
+    ({"upper_loss": "dpop", "penalty_weight": 0.0, "ld_alpha": 0.5}, r"`ld_alpha=0.5` is supported with TRL's losses"),
+    (
+        {"upper_loss": "simpo", "bilevel": "alternating", "sync_ref_model": True},
+        r"`sync_ref_model=True` but nothing reads the reference",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda x: str(x)[:60])
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        StablePOConfig(output_dir=str(tmp_path), **BASE, **options)
+
+
+@pytest.fixture
+def construct(tmp_path, model_path, pairs):
+    def make(trainer_kwargs=None, **options):
+        args = StablePOConfig(output_dir=str(tmp_path), **{**BASE, **options})
+        return StablePOTrainer(**{"model": model_path, "args": args, "train_dataset": pairs, **(trainer_kwargs or {})})
+
+    return make
+
+
+def test_reference_that_nothing_reads(construct, model):
+    with pytest.raises(ValueError, match=r"`ref_model` is given, but nothing reads it.*Leave it out"):
+        construct({"ref_model": model}, upper_loss="simpo", bilevel="alternating")
+
+
+def test_weighting_of_own_losses(construct):
+    with pytest.raises(
+        ValueError, match=r"`use_weighting=True` weighs TRL's losses only, and `upper_loss` has \['cpo'\]"
+    ):
+        construct(upper_loss=["sigmoid", "cpo"], use_weighting=True)
+
+
+def test_alphadpo_of_one_pair(construct):
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size=1`.*Use at least 2"):
+        construct(upper_loss="alphadpo", per_device_train_batch_size=1)
+
+
+def test_exact_with_attention_that_has_no_second_derivative(construct):
+    kwargs = {"attn_implementation": "flex_attention"}
+    with pytest.raises(ValueError, match=r"`hypergradient='exact'` needs.*'flex_attention'.*'finite_difference'"):
+        construct(bilevel="unrolled", hypergradient="exact", model_init_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel"])
+def test_exact_with_fused_operations(construct, option, monkeypatch):
+    trainer = construct(bilevel="unrolled", hypergradient="exact")
+    setattr(trainer.args, option, True)
+    from trl_spo.stable_po.checks import check_inner_steps
+
+    with pytest.raises(ValueError, match=f"`{option}=True` do not have. Set `{option}=False`"):
+        check_inner_steps(trainer.model, trainer.args, trainer.accelerator, is_vlm=False)
+
+
+def test_wrong_args(model_path, pairs, tmp_path):
+    from trl import DPOConfig
+
+    with pytest.raises(TypeError, match="`args` must be a `StablePOConfig`, got `DPOConfig`"):
+        StablePOTrainer(model=model_path, args=DPOConfig(output_dir=str(tmp_path), **BASE), train_dataset=pairs)
+
+
+def test_wrong_columns(construct):
+    with pytest.raises((ValueError, KeyError), match="chosen"):
+        construct({"train_dataset": Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})})

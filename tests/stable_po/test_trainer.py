@@ -1,0 +1,293 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What stands around the step: the reference, the batches, the way back, checkpoints, evaluation and metrics."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+UNROLLED = {"bilevel": "unrolled", "inner_learning_rate": 0.1}
+ALTERNATING = {"bilevel": "alternating", "inner_learning_rate": 0.1}
+LOWER_LEVEL = {"penalty_anchor": "lower_level", "inner_learning_rate": 0.1}
+FORMS = {"penalty": {}, "lower_level": LOWER_LEVEL, "alternating": ALTERNATING, "unrolled": UNROLLED}
+
+
+def equal(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def log_of(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class TestReference:
+    @pytest.mark.parametrize("upper_loss", ["cpo", "simpo", "sft"])
+    def test_none_if_nothing_reads_it(self, make_trainer, upper_loss):
+        trainer = make_trainer(upper_loss=upper_loss, **ALTERNATING)
+        assert trainer.ref_model is None
+        trainer.train()
+        assert not log_of(trainer, "logps/chosen_change")
+
+    def test_the_anchor_needs_it(self, make_trainer):
+        trainer = make_trainer(upper_loss="simpo")
+        sizes = []
+        trainer.ref_model.register_forward_pre_hook(
+            lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train()
+        assert sizes == [4, 4]  # of the chosen responses only
+
+    def test_one_forward_for_loss_and_anchor(self, make_trainer):
+        trainer = make_trainer()
+        sizes = []
+        trainer.ref_model.register_forward_pre_hook(
+            lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train()
+        assert sizes == [8, 8]
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_precomputed(self, make_trainer, weights_of, form):
+        plain, precomputed = (make_trainer(precompute_ref_log_probs=x, **FORMS[form]) for x in (False, True))
+        plain.train()
+        precomputed.train()
+        plain, precomputed = weights_of(plain.model), weights_of(precomputed.model)
+        for name in plain:
+            torch.testing.assert_close(plain[name], precomputed[name])
+
+    def test_change_against_the_start_without_a_reference_in_the_loss(self, make_trainer):
+        trainer = make_trainer(upper_loss="simpo", precompute_ref_log_probs=True, **ALTERNATING)
+        assert trainer.ref_model is None
+        trainer.train()
+        first, second = log_of(trainer, "logps/chosen_change")
+        assert first != 0 and second != first  # the alternating form moves before the first outer step
+
+    def test_frozen_under_peft(self, make_trainer, weights_of):
+        trainer = make_trainer({"peft_config": LoraConfig(**LORA)}, **ALTERNATING)
+        before = weights_of(trainer.model)
+        trainer.train()
+        after = weights_of(trainer.model)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and all("lora" in name for name in moved)
+
+
+class TestBatches:
+    @pytest.mark.parametrize("form", ["alternating", "unrolled"])
+    def test_accumulation_is_one_large_batch(self, make_trainer, weights_of, form):
+        """One inner step for each step of the optimizer, on all of its pairs."""
+        large = make_trainer(per_device_train_batch_size=8, **FORMS[form])
+        small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **FORMS[form])
+        for trainer in (large, small):
+            trainer.train()
+        expected, found = weights_of(large.model), weights_of(small.model)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert log_of(small, "stable/sft_gain") == pytest.approx(log_of(large, "stable/sft_gain"), rel=1e-3)
+
+    def test_an_inner_step_for_each_micro_batch_would_differ(self, make_trainer, weights_of):
+        large = make_trainer(per_device_train_batch_size=8, max_steps=1, **ALTERNATING)
+        small = make_trainer(per_device_train_batch_size=2, max_steps=4, **ALTERNATING)
+        for trainer in (large, small):
+            trainer.train()
+        expected, found = weights_of(large.model), weights_of(small.model)
+        assert any((found[name] - expected[name]).abs().max() > 1e-3 for name in expected)
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise self.error
+
+
+class TestWayBack:
+    @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()], ids=["exception", "ctrl-c"])
+    @pytest.mark.parametrize("where", ["forward", "between"])
+    def test_weights_are_restored_bit_for_bit(self, make_trainer, weights_of, monkeypatch, error, where):
+        trainer = make_trainer(gradient_accumulation_steps=2, **UNROLLED)
+        before = weights_of(trainer.model)
+        if where == "between":
+            trainer.add_callback(Interrupt(error))
+        else:
+
+            def fail(*args):
+                assert not equal(before, weights_of(trainer.model))  # in the middle of it
+                raise error
+
+            monkeypatch.setattr(trainer, "_trl_loss", fail)
+        with pytest.raises(type(error)):
+            trainer.train()
+        assert equal(before, weights_of(trainer.model))
+        assert not trainer.inner.is_away
+
+    def test_a_file_written_half_way_is_not_half_way(self, make_trainer, weights_of, tmp_path):
+        """`save_model` from a callback between two micro-batches."""
+        trainer = make_trainer(gradient_accumulation_steps=2, max_steps=1, **{**UNROLLED, "deploy_inner_steps": 0})
+        before = weights_of(trainer.model)
+
+        class Save(TrainerCallback):
+            def on_substep_end(self, args, state, control, **kwargs):
+                assert not equal(before, weights_of(trainer.model))
+                trainer.save_model(str(tmp_path / "half"))
+                assert not equal(before, weights_of(trainer.model))
+
+        trainer.add_callback(Save())
+        trainer.train()
+        saved = load_file(tmp_path / "half" / "model.safetensors")
+        assert equal(saved, before)
+
+
+class TestDeployment:
+    def test_deploying_theta_is_worse(self, make_trainer):
+        """So that nobody "simplifies" it: the solution of the unrolled problem is θ', and θ drifts away."""
+        options = {"max_steps": 60, "learning_rate": 0.3, **UNROLLED, "logging_steps": 60}
+        trainer = make_trainer({"eval_dataset": None}, **options)
+        rows = trainer.train_dataset
+        trainer.train_dataset, trainer.eval_dataset = rows, rows
+        trainer.args.deploy_inner_steps = 0
+        trainer.train()
+        theta = trainer.evaluate()
+        trainer.args.deploy_inner_steps = 2  # all eight pairs
+        moved = trainer.evaluate()
+        assert moved["eval_stable/sft_loss"] < theta["eval_stable/sft_loss"] - 0.1
+
+    def test_evaluation_leaves_the_weights(self, make_trainer, pairs, weights_of):
+        trainer = make_trainer({"eval_dataset": pairs}, **UNROLLED)
+        before = weights_of(trainer.model)
+        trainer.evaluate()
+        assert equal(before, weights_of(trainer.model))
+
+    def test_checkpoints_are_theta_and_what_is_saved_is_not(self, make_trainer, weights_of, tmp_path):
+        trainer = make_trainer(save_strategy="steps", save_steps=2, **UNROLLED)
+        trainer.train()
+        theta = load_file(tmp_path / "output" / "checkpoint-2" / "model.safetensors")
+        trainer.save_model(str(tmp_path / "final"))
+        final = load_file(tmp_path / "final" / "model.safetensors")
+        assert not equal(theta, final)
+        assert equal(final, weights_of(trainer.model))  # and what is in memory after training
+
+        # θ' by hand: one step along the SFT gradient of the first batch
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "checkpoint-2")
+        ((batch,),) = trainer._deployment_batches()
+        ids, mask = batch["input_ids"], batch["completion_mask"]
+        logits = model(ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        (-(logps * mask[:, 1:]).sum() / mask[:, 1:].sum()).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(final[name], parameter.detach() - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_resumed_run_is_the_same(self, make_trainer, weights_of, tmp_path, form):
+        options = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3, **FORMS[form]}
+        whole = make_trainer(save_strategy="steps", save_steps=2, **options)
+        whole.train()
+        resumed = make_trainer(**options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+        assert equal(weights_of(whole.model), weights_of(resumed.model))
+
+
+class TestInnerLearningRate:
+    def test_auto_is_a_fraction_of_the_norm(self, make_trainer):
+        trainer = make_trainer(bilevel="alternating", inner_step_fraction=3e-3)
+        trainer.train()
+        assert log_of(trainer, "stable/inner_step_norm") == pytest.approx([3e-3] * 2, rel=1e-4)
+
+    def test_steps_that_are_rounded_away_are_warned_about(self, make_trainer, load_model, model_path, caplog):
+        kwargs = {"model_init_kwargs": {"dtype": "bfloat16"}}
+        make_trainer(bilevel="alternating", inner_step_fraction=1e-6, max_steps=1, **kwargs).train()
+        assert "The inner step changes only" in caplog.text
+
+    def test_no_warning_in_float32(self, make_trainer, caplog):
+        make_trainer(bilevel="alternating", inner_step_fraction=1e-6, max_steps=1).train()
+        assert "The inner step changes only" not in caplog.text
+
+
+class TestMetrics:
+    def test_of_each_form(self, make_trainer):
+        common = {"stable/sft_loss", "logps/chosen_change", "logps/rejected_change", "displacement/share"}
+        inner = {"stable/sft_gain", "stable/inner_step_norm"}
+        expected = {
+            "penalty": {"stable/penalty_active", "stable/penalty"},
+            "lower_level": {"stable/penalty_active", "stable/penalty", *inner},
+            "alternating": {*inner, "stable/gradient_cosine"},
+            "unrolled": {*inner, "stable/gradient_cosine"},
+        }
+        for form, options in FORMS.items():
+            trainer = make_trainer(**options)
+            trainer.train()
+            ours = {n for n in trainer.state.log_history[0] if n.startswith(("stable/", "displacement/"))}
+            ours |= {n for n in trainer.state.log_history[0] if n.endswith("_change")}
+            assert ours == common | expected[form], form
+
+    def test_displacement(self, make_trainer, pairs, token_logps, load_model, model_path):
+        trainer = make_trainer({"eval_dataset": pairs}, upper_loss="apo_down", penalty_weight=0.0, learning_rate=0.5)
+        trainer.train()
+        metrics = trainer.evaluate()
+        reference, changes = load_model(model_path), {"chosen": [], "rejected": []}
+        for row in trainer.eval_dataset:
+            for which, values in changes.items():
+                now, then = (
+                    token_logps(m, row["prompt_ids"], row[f"{which}_ids"]).sum() for m in (trainer.model, reference)
+                )
+                values.append((now - then).item())
+        for which, values in changes.items():
+            assert metrics[f"eval_logps/{which}_change"] == pytest.approx(sum(values) / 8, rel=1e-3)
+        share = sum(value < 0 for value in changes["chosen"]) / 8
+        assert share > 0
+        assert metrics["eval_displacement/share"] == pytest.approx(share)
+
+    def test_gain_is_that_of_the_step(self, make_trainer):
+        """Against the loss before and after, from two trainers with and without the inner step."""
+        moved = make_trainer(max_steps=1, per_device_train_batch_size=8, **ALTERNATING)
+        still = make_trainer(max_steps=1, per_device_train_batch_size=8, penalty_weight=0.0)
+        for trainer in (moved, still):
+            trainer.train()
+        before, after = (log_of(trainer, "stable/sft_loss")[0] for trainer in (still, moved))
+        assert before > after
+        assert log_of(moved, "stable/sft_gain")[0] == pytest.approx(before - after, rel=1e-3)
+
+    def test_evaluation_is_the_plain_upper_loss(self, make_trainer, pairs):
+        plain = make_trainer({"eval_dataset": pairs}, penalty_weight=0.0).evaluate()
+        for form, options in FORMS.items():
+            if form == "unrolled":  # at θ'
+                options = {**options, "deploy_inner_steps": 0}
+            metrics = make_trainer({"eval_dataset": pairs}, regularizer="nll", **options).evaluate()
+            assert metrics["eval_loss"] == plain["eval_loss"], form
+
+
+def test_model_card(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    trainer.train()
+    card = Path(tmp_path / "output" / "checkpoint-2" / "README.md")
+    card = card if card.exists() else tmp_path / "output" / "README.md"
+    text = card.read_text()
+    assert "Stable Preference Optimization" in text and "penalty_weight" in text and "stable-po" in text
+    assert "`StablePOTrainer`" in text or "StablePOTrainer" in text
+
+
+def test_conversations(make_trainer, conversations):
+    trainer = make_trainer({"train_dataset": conversations}, **ALTERNATING)
+    trainer.train()
+    assert len(log_of(trainer, "stable/sft_gain")) == 2
+
+
+def test_iterable_dataset(make_trainer, pairs):
+    trainer = make_trainer({"train_dataset": pairs.to_iterable_dataset()}, **UNROLLED)
+    trainer.train()
+    assert trainer._is_deployed
+    json.dumps(trainer.state.log_history)
+
+
+def test_unrolled_with_too_few_rows_to_deploy(make_trainer):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " film", "rejected": " dog"}] * 4)
+    with pytest.raises(ValueError, match="`deploy_inner_steps=3` asks for more batches than the train dataset has"):
+        make_trainer({"train_dataset": rows}, **{**UNROLLED, "deploy_inner_steps": 3}).train()
