@@ -303,20 +303,22 @@ class TestUpperLosses:
     """Each from its reward and the Bradley-Terry model, in probabilities rather than log-sigmoids."""
 
     def test_cpo(self):
-        w, l, _, _, n_w, _ = _batch()
-        expected = _bradley_terry(0.3 * w, 0.3 * l) + 0.7 * -(w / n_w)
-        torch.testing.assert_close(losses.cpo_loss(w, l, n_w, 0.3, 0.7), expected)
+        chosen, rejected, _, _, n_w, _ = _batch()
+        expected = _bradley_terry(0.3 * chosen, 0.3 * rejected) + 0.7 * -(chosen / n_w)
+        torch.testing.assert_close(losses.cpo_loss(chosen, rejected, n_w, 0.3, 0.7), expected)
 
     def test_dpop(self):
-        w, l, ref_w, ref_l, _, _ = _batch()
+        chosen, rejected, ref_w, ref_l, _, _ = _batch()
         # The paper: the log-ratio of the chosen one loses λ max(0, log(π_ref(y_w) / π(y_w)))
-        penalty = torch.maximum(torch.zeros(()), ref_w - w)
-        expected = _bradley_terry(0.3 * (w - ref_w - 5 * penalty), 0.3 * (l - ref_l))
-        torch.testing.assert_close(losses.dpop_loss(w - ref_w, l - ref_l, 0.3, 5.0), expected)
+        penalty = torch.maximum(torch.zeros(()), ref_w - chosen)
+        expected = _bradley_terry(0.3 * (chosen - ref_w - 5 * penalty), 0.3 * (rejected - ref_l))
+        torch.testing.assert_close(losses.dpop_loss(chosen - ref_w, rejected - ref_l, 0.3, 5.0), expected)
 
     def test_dpop_is_dpo_above_the_reference(self):
-        w, l = torch.rand(5), torch.randn(5)
-        torch.testing.assert_close(losses.dpop_loss(w, l, 0.3, 50.0), _bradley_terry(0.3 * w, 0.3 * l))
+        chosen, rejected = torch.rand(5), torch.randn(5)
+        torch.testing.assert_close(
+            losses.dpop_loss(chosen, rejected, 0.3, 50.0), _bradley_terry(0.3 * chosen, 0.3 * rejected)
+        )
 
     def test_rdpo_is_optimal_for_the_reward_less_the_length(self):
         # The policy π_ref exp((r - α|y|) / β) / Z: from its log-ratios and the lengths the loss must find r again
@@ -327,41 +329,43 @@ class TestUpperLosses:
         torch.testing.assert_close(loss, _bradley_terry(r_w, r_l))
 
     def test_simpo(self):
-        w, l, _, _, n_w, n_l = _batch()
-        expected = _bradley_terry(2.5 * w / n_w - 0.8, 2.5 * l / n_l)
-        torch.testing.assert_close(losses.simpo_loss(w, l, n_w, n_l, 2.5, 0.8), expected)
+        chosen, rejected, _, _, n_w, n_l = _batch()
+        expected = _bradley_terry(2.5 * chosen / n_w - 0.8, 2.5 * rejected / n_l)
+        torch.testing.assert_close(losses.simpo_loss(chosen, rejected, n_w, n_l, 2.5, 0.8), expected)
 
     def test_alphadpo(self):
-        w, l, ref_w, ref_l, n_w, n_l = _batch()
-        margin = (2.0 * ((w - ref_w) / n_w - (l - ref_l) / n_l)).tolist()
+        chosen, rejected, ref_w, ref_l, n_w, n_l = _batch()
+        margin = (2.0 * ((chosen - ref_w) / n_w - (rejected - ref_l) / n_l)).tolist()
         mean = sum(margin) / len(margin)
         std = math.sqrt(sum((m - mean) ** 2 for m in margin) / (len(margin) - 1))
         threshold = torch.tensor([0.5 + 0.3 * (m - mean) / std for m in margin])
-        expected = _bradley_terry(2.0 * w / n_w - threshold, 2.0 * l / n_l)
-        found = losses.alphadpo_loss(w, l, ref_w, ref_l, n_w, n_l, 2.0, 0.5, 0.3)
+        expected = _bradley_terry(2.0 * chosen / n_w - threshold, 2.0 * rejected / n_l)
+        found = losses.alphadpo_loss(chosen, rejected, ref_w, ref_l, n_w, n_l, 2.0, 0.5, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
     def test_alphadpo_margin_has_no_gradient(self):
-        w, l, ref_w, ref_l, n_w, n_l = _batch()
+        chosen, rejected, ref_w, ref_l, n_w, n_l = _batch()
         gradients = []
         for alpha in (0.0, 0.3):
-            w.requires_grad_().grad = None
-            loss = losses.alphadpo_loss(w, l, ref_w, ref_l, n_w, n_l, 2.0, 0.5, alpha)
-            gradients.append(torch.autograd.grad(loss.sum(), w)[0] / (1 - torch.exp(-loss.detach())) / 2.0)
+            chosen.requires_grad_().grad = None
+            loss = losses.alphadpo_loss(chosen, rejected, ref_w, ref_l, n_w, n_l, 2.0, 0.5, alpha)
+            gradients.append(torch.autograd.grad(loss.sum(), chosen)[0] / (1 - torch.exp(-loss.detach())) / 2.0)
         # -β P(wrong) / |y_w| in both cases, of the P(wrong) of its own threshold
         torch.testing.assert_close(gradients[0], gradients[1])
         torch.testing.assert_close(gradients[0], -1 / n_w)
 
     def test_alphadpo_at_the_start_is_simpo(self):
-        w, l, _, _, n_w, n_l = _batch()
+        chosen, rejected, _, _, n_w, n_l = _batch()
         noise = 1e-9 * torch.randn(7)
-        found = losses.alphadpo_loss(w, l, w + noise, l, n_w, n_l, 2.0, 0.5, 0.3)
-        torch.testing.assert_close(found, losses.simpo_loss(w, l, n_w, n_l, 2.0, 0.5), rtol=1e-3, atol=1e-3)
+        found = losses.alphadpo_loss(chosen, rejected, chosen + noise, rejected, n_w, n_l, 2.0, 0.5, 0.3)
+        torch.testing.assert_close(
+            found, losses.simpo_loss(chosen, rejected, n_w, n_l, 2.0, 0.5), rtol=1e-3, atol=1e-3
+        )
 
     def test_alphadpo_of_a_part_of_the_batch(self):
         batch = _batch()
-        w, l, ref_w, ref_l, n_w, n_l = batch
-        margins = losses.alphadpo_margins(w - ref_w, l - ref_l, n_w, n_l, 2.0)
+        chosen, rejected, ref_w, ref_l, n_w, n_l = batch
+        margins = losses.alphadpo_margins(chosen - ref_w, rejected - ref_l, n_w, n_l, 2.0)
         part = losses.alphadpo_loss(*(x[:3] for x in batch), 2.0, 0.5, 0.3, batch_margins=margins)
         torch.testing.assert_close(part, losses.alphadpo_loss(*batch, 2.0, 0.5, 0.3)[:3])
 
