@@ -291,3 +291,106 @@ def test_unrolled_with_too_few_rows_to_deploy(make_trainer):
     rows = Dataset.from_list([{"prompt": "a", "chosen": " film", "rejected": " dog"}] * 4)
     with pytest.raises(ValueError, match="`deploy_inner_steps=3` asks for more batches than the train dataset has"):
         make_trainer({"train_dataset": rows}, **{**UNROLLED, "deploy_inner_steps": 3}).train()
+
+
+SFT = {
+    "text": {"text": ["the film was a good story", "a dog finds the way home", "I would watch it again"]},
+    "messages": {
+        "messages": [
+            [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was a good story"}],
+            [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "finds the way home"}],
+        ]
+    },
+    "prompt-completion": {"prompt": ["the film", "a dog"], "completion": [" was a good story", " finds the way home"]},
+    "conversational prompt-completion": {
+        "prompt": [[{"role": "user", "content": "the film"}]],
+        "completion": [[{"role": "assistant", "content": "was a good story"}]],
+    },
+}
+
+
+class TestSFTDataset:
+    @pytest.mark.parametrize("name", SFT)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_formats(self, make_trainer, name, form):
+        options = {**FORMS[form], **({"inner_learning_rate": 0.01} if FORMS[form] else {})}
+        trainer = make_trainer({"sft_dataset": Dataset.from_dict(SFT[name])}, sft_batch_size=3, **options)
+        trainer.train()
+        if form != "penalty":
+            assert all(gain > 0 for gain in log_of(trainer, "stable/sft_gain"))
+
+    @pytest.mark.parametrize(("name", "learned"), [("text", None), ("prompt-completion", " was a good story</s>")])
+    def test_what_is_learned(self, make_trainer, tokenizer, name, learned):
+        trainer = make_trainer({"sft_dataset": Dataset.from_dict(SFT[name])})
+        row = trainer._sft_batches.dataset[0]
+        ids = [token for token, one in zip(row["input_ids"], row["completion_mask"], strict=True) if one]
+        text = "the film was a good story</s>"
+        assert tokenizer.decode(row["input_ids"], skip_special_tokens=False).replace("<s>", "").strip() == text
+        assert tokenizer.decode(ids).replace("<s>", "").strip() == (learned or text).strip()
+
+    def test_of_the_chosen_responses_it_is_the_default(self, make_trainer, pairs, weights_of, perturb):
+        """The same rows in the same batches, given as data of its own."""
+        one_batch = {"per_device_train_batch_size": 8, "max_steps": 3}
+        rows = Dataset.from_dict({"prompt": pairs["prompt"], "completion": pairs["chosen"]})
+        for form, options in FORMS.items():
+            options = {**options, **one_batch}
+            default, given = make_trainer(**options), make_trainer({"sft_dataset": rows}, **options)
+            for trainer in (default, given):
+                perturb(trainer.model)  # which opens the penalty
+                trainer.train()
+            if "bilevel" not in options:
+                assert log_of(default, "stable/penalty_active")[-1] == 1
+            expected, found = weights_of(default.model), weights_of(given.model)
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{form} {name}")
+
+    def test_batches_cover_each_epoch(self, make_trainer):
+        rows = Dataset.from_dict({"text": [f"film {i}" for i in range(5)]})
+        batches = make_trainer({"sft_dataset": rows}, sft_batch_size=2)._sft_batches
+        drawn = [tuple(row[row != 0].tolist()) for number in range(5) for row in batches[number]["input_ids"]]
+        assert len(set(drawn[:5])) == len(set(drawn[5:])) == 5
+        assert drawn[:5] != drawn[5:]
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_resumed_run_is_the_same(self, make_trainer, weights_of, tmp_path, form):
+        data = {"sft_dataset": Dataset.from_dict(SFT["text"])}
+        options = {"max_steps": 4, "sft_batch_size": 2, "upper_loss": "apo_down", **FORMS[form]}
+        whole = make_trainer(data, save_strategy="steps", save_steps=2, **options)
+        whole.train()
+        resumed = make_trainer(data, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+        assert equal(weights_of(whole.model), weights_of(resumed.model))
+
+    @pytest.mark.parametrize(
+        ("rows", "error", "message"),
+        [
+            ({"chosen": ["a"]}, ValueError, r"has the columns \['chosen'\]. It must be language modelling"),
+            ({"text": []}, ValueError, r"`sft_dataset` is empty. Pass one with rows, or leave it out"),
+            (
+                {"prompt": ["the film"] * 2, "completion": [" a dog"] * 2},
+                ValueError,
+                r"empty after dropping.*max_length=2",
+            ),
+        ],
+    )
+    def test_bad_data(self, make_trainer, rows, error, message):
+        kwargs = {
+            "max_length": 2,
+            "train_dataset": Dataset.from_dict({"prompt": [""], "chosen": ["a"], "rejected": ["b"]}),
+        }
+        train = {"train_dataset": kwargs.pop("train_dataset")} if "max_length" in message else {}
+        kwargs = kwargs if train else {}
+        with pytest.raises(error, match=message):
+            make_trainer({"sft_dataset": Dataset.from_dict(rows), **train}, **kwargs)
+
+    def test_streamed(self, make_trainer):
+        with pytest.raises(TypeError, match="`sft_dataset` must be a `Dataset`, got `IterableDataset`"):
+            make_trainer({"sft_dataset": Dataset.from_dict(SFT["text"]).to_iterable_dataset()})
+
+    def test_batch_size_without_data(self, make_trainer):
+        with pytest.raises(ValueError, match="`sft_batch_size=3` is read with `sft_dataset` only"):
+            make_trainer(sft_batch_size=3)
+
+    def test_nothing_reads_it(self, make_trainer):
+        with pytest.raises(ValueError, match="`sft_dataset` is given, but with `penalty_weight=0` nothing reads it"):
+            make_trainer({"sft_dataset": Dataset.from_dict(SFT["text"])}, penalty_weight=0.0)

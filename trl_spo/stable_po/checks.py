@@ -3,6 +3,7 @@
 """What `StablePOTrainer` refuses at construction."""
 
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .stable_po_config import OWN_LOSSES, StablePOConfig
@@ -20,6 +21,16 @@ def check_upper_loss(args: StablePOConfig) -> None:
             "`upper_loss='alphadpo'` standardises margins over the batch, and `per_device_train_batch_size=1` in one process "
             "makes batches of one pair. Use at least 2."
         )
+
+
+def check_lower_level(args: StablePOConfig, sft_dataset: Dataset | None) -> None:
+    """Raises a `ValueError` if the data of the lower level and the options do not go together."""
+    if sft_dataset is None and args.sft_batch_size is not None:
+        raise ValueError(
+            f"`sft_batch_size={args.sft_batch_size}` is read with `sft_dataset` only. Pass one, or leave `sft_batch_size` out."
+        )
+    if sft_dataset is not None and not args.takes_inner_steps and args.penalty_weight == 0:
+        raise ValueError("`sft_dataset` is given, but with `penalty_weight=0` nothing reads it. Leave it out.")
 
 
 def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator: Accelerator, is_vlm: bool) -> None:

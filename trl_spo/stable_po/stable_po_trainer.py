@@ -26,9 +26,10 @@ from .. import losses
 from .._compat import get_config_model_id, no_reference_model
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
-from .checks import check_inner_steps, check_upper_loss
+from .checks import check_inner_steps, check_lower_level, check_upper_loss
 from .inner_step import InnerStep, inner_product, norm
-from .stable_po_config import OWN_LOSSES, TRL_LOSSES, StablePOConfig
+from .sft_data import SFTBatches, prepare_sft_dataset
+from .stable_po_config import OWN_LOSSES, REFERENCE_FREE, TRL_LOSSES, StablePOConfig
 
 
 logger = get_logger(__name__)
@@ -87,6 +88,9 @@ class StablePOTrainer(DPOTrainer):
             As in [`~trl.DPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             As in [`~trl.DPOTrainer`].
+        sft_dataset ([`~datasets.Dataset`], *optional*):
+            Data of the lower level, in the formats of [`~trl.SFTTrainer`]: language modelling (`text` or `messages`) or
+            prompt-completion. Defaults to the chosen responses of the batch.
     """
 
     _tag_names = ["trl", "dpo", "trl-spo", "stable-po"]
@@ -122,6 +126,7 @@ class StablePOTrainer(DPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,  # noqa: F821
+        sft_dataset: Dataset | None = None,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -129,6 +134,7 @@ class StablePOTrainer(DPOTrainer):
         elif not isinstance(args, StablePOConfig):
             raise TypeError(f"`args` must be a `StablePOConfig`, got `{type(args).__name__}`.")
         check_upper_loss(args)
+        check_lower_level(args, sft_dataset)
         if ref_model is not None and not args.reads_reference:
             raise ValueError(
                 f"`ref_model` is given, but nothing reads it with `upper_loss={args.upper_loss!r}`, `bilevel={args.bilevel!r}` and "
@@ -168,6 +174,11 @@ class StablePOTrainer(DPOTrainer):
         )  # nats and tokens, of the outer forward passes
         if args.takes_inner_steps:
             check_inner_steps(self.model, args, self.accelerator, self._is_vlm)
+        self._sft_batches: SFTBatches | None = None
+        if sft_dataset is not None:
+            rows = prepare_sft_dataset(sft_dataset, self._tokenizer, args)
+            size = args.sft_batch_size or args.per_device_train_batch_size
+            self._sft_batches = SFTBatches(rows, size, self._tokenizer.pad_token_id, args.seed, self.accelerator)
 
     # Loss
 
@@ -189,13 +200,17 @@ class StablePOTrainer(DPOTrainer):
         """The reference's log-probabilities of the chosen and the rejected responses, as far as they are read."""
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        if not self.args.reads_reference:
-            return None, None
-        reference = self.ref_model or self.model
-        if all(name in ("sft", "cpo", "simpo") for name in self.args.upper_loss):
-            chosen = self.compute_ref_log_probs(reference, chosen_half(inputs))  # it takes any batch for two halves
-            return torch.cat(chosen), None
-        return self.compute_ref_log_probs(reference, inputs)
+        if any(name not in REFERENCE_FREE for name in self.args.upper_loss):
+            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        if self.args.regularizer == "floor" or (self._anchor_is_reference and self._sft_batches is None):
+            return self._plain_reference_logps(chosen_half(inputs)), None
+        return None, None
+
+    def _plain_reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Of a batch of responses that are not in pairs."""
+        return torch.cat(
+            self.compute_ref_log_probs(self.ref_model or self.model, batch)
+        )  # it takes any batch for two halves
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
@@ -226,7 +241,7 @@ class StablePOTrainer(DPOTrainer):
         if mode == "train" and self.inner is not None:
             self._sft_after += torch.stack([sft_nll.sum(), sft_tokens.sum()])
         if mode == "train" and self.args.bilevel == "penalty" and self.args.penalty_weight > 0:
-            loss = loss + self._penalty(nll, ref_chosen_logps, chosen_lengths)
+            loss = loss + self._penalty(model, nll, ref_chosen_logps, chosen_lengths)
         for name, logps, reference in (
             ("chosen", chosen_logps, ref_chosen_logps),
             ("rejected", rejected_logps, ref_rejected_logps),
@@ -285,19 +300,31 @@ class StablePOTrainer(DPOTrainer):
         self._totals["train"].add("stable/regularizer", self.accelerator.gather(values.detach()))
         return self.args.regularizer_weight * values.mean()
 
-    def _penalty(self, nll, ref_chosen_logps, lengths) -> torch.Tensor:
+    @property
+    def _anchor_is_reference(self) -> bool:
+        args = self.args
+        return args.bilevel == "penalty" and args.penalty_weight > 0 and args.penalty_anchor == "reference"
+
+    def _penalty(self, model, chosen_nll, ref_chosen_logps, chosen_lengths) -> torch.Tensor:
         """The hinge on the SFT loss of this micro-batch of all processes."""
-        if self.args.penalty_anchor == "reference":
+        if self._sft_batches is None:
+            nll, tokens = chosen_nll.sum(), chosen_lengths.sum()
+        else:
+            batch = self._sft_batches[self._sft_number(self._micro_step)]
+            nll, tokens = self._sft_nll(model, batch)
+        if self.args.penalty_anchor == "lower_level":
+            anchor = self._anchors[self._micro_step]
+        elif self._sft_batches is None:
             anchor = -ref_chosen_logps.sum()
         else:
-            anchor = self._anchors[self._micro_step]
-        sums = torch.stack([nll.detach().sum(), anchor.to(nll), lengths.sum().to(nll)])
-        ours, theirs, tokens = self.accelerator.reduce(sums, "sum")
+            anchor = -self._plain_reference_logps(batch).sum()
+        sums = torch.stack([nll.detach(), anchor.to(nll), tokens.to(nll)])
+        ours, theirs, all_tokens = self.accelerator.reduce(sums, "sum")
         # The value is that of all processes' tokens; the gradient of this one's tokens is scaled so that the mean over processes,
         # which DDP takes, is the gradient of the value
-        part = nll.sum() * self.accelerator.num_processes / tokens
-        sft_loss = ours / tokens + (part - part.detach())
-        penalty = losses.sft_penalty(sft_loss, theirs / tokens, self.args.penalty_slack)
+        part = nll * self.accelerator.num_processes / all_tokens
+        sft_loss = ours / all_tokens + (part - part.detach())
+        penalty = losses.sft_penalty(sft_loss, theirs / all_tokens, self.args.penalty_slack)
         self._totals["train"].add("stable/penalty_active", (penalty.detach() > 0).float())
         self._totals["train"].add("stable/penalty", penalty.detach())
         return self.args.penalty_weight * penalty
@@ -323,22 +350,21 @@ class StablePOTrainer(DPOTrainer):
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.args.takes_inner_steps:
-            return super().training_step(model, inputs, num_items_in_batch)
         is_last = self.accelerator.sync_gradients
         try:
-            if self._micro_step == 0:
+            if self._micro_step == 0 and self.args.takes_inner_steps:
                 model.train()
                 self._begin_step()
-            hold = is_last and self.inner.is_away
+            hold = is_last and self.inner is not None and self.inner.is_away
             with self._engine_step_held() if hold and self.is_deepspeed_enabled else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._micro_step += 1
-            if is_last:
+            if is_last and self.args.takes_inner_steps:
                 self._end_step()
             return loss
         except BaseException:  # Ctrl-C too
-            self.inner.restore()
+            if self.inner is not None:
+                self.inner.restore()
             raise
 
     def train(self, *args, **kwargs):
@@ -353,31 +379,56 @@ class StablePOTrainer(DPOTrainer):
             self._is_deployed = True
         return output
 
+    def _sft_number(self, micro_step: int) -> int:
+        """Of the batch of `sft_dataset` that a micro-batch takes; the alternating and the unrolled form take one an inner step."""
+        per_step = self.args.inner_steps if self.args.bilevel != "penalty" else self.args.gradient_accumulation_steps
+        return self.state.global_step * per_step + micro_step
+
+    def _lower_level_batches(self) -> list[list[dict[str, Any]]]:
+        """
+        The batches of each inner step: all micro-batches of the optimizer step, so that one large batch and many small ones
+        agree, or those of `sft_dataset`.
+        """
+        if self._sft_batches is None:
+            return [[chosen_half(self._prepare_inputs(batch)) for batch in self._batches]] * self.args.inner_steps
+        if self.args.bilevel == "penalty":  # those that the penalty is on
+            numbers = range(len(self._batches))
+            return [[self._sft_batches[self._sft_number(number)] for number in numbers]] * self.args.inner_steps
+        return [[self._sft_batches[self._sft_number(number)]] for number in range(self.args.inner_steps)]
+
     def _begin_step(self) -> None:
-        """The lower level's steps, on all micro-batches of the optimizer step: one large batch and many small ones agree."""
+        """The lower level's steps."""
         if self.inner is None:
             self.inner = self._make_inner_step()
-        batches = [chosen_half(self._prepare_inputs(batch)) for batch in self._batches]
+        steps, totals = self._lower_level_batches(), self._totals["train"]
         if self.args.bilevel == "penalty":
             with self.inner.saved():
-                before = self._descend([batches] * self.args.inner_steps, self.inner.move)
-                with torch.no_grad(), self.accelerator.autocast():
-                    parts = [self._sft_nll(self.inner.model, batch) for batch in batches]
-            self._anchors = [nll for nll, _ in parts]
-            after, tokens = self.accelerator.reduce(torch.tensor(parts, device=before.device).sum(dim=0), "sum")
-            self._totals["train"].add("stable/sft_gain", before - after / tokens)
+                before = self._descend(steps, self.inner.move)
+                after, self._anchors = self._sft_loss_at(steps[0])
+            totals.add("stable/sft_gain", before - after)
             return
         if self.args.bilevel == "unrolled":
             self.inner.save()
         move = self.inner.move_for_good if self.args.bilevel == "alternating" else self.inner.move
-        self._sft_before = self._descend([batches] * self.args.inner_steps, move)
-        self._sft_after = torch.zeros(
-            2, device=self.accelerator.device
-        )  # nats and tokens, from the outer forward passes
+        before = self._descend(steps, move)
+        self._corrected_on = steps[0] if self.args.hypergradient != "first_order" else None
+        if self._sft_batches is None:
+            self._sft_before = before
+            self._sft_after = torch.zeros_like(self._sft_after)
+        elif self._will_log:  # a forward pass more
+            totals.add("stable/sft_gain", before - self._sft_loss_at(steps[0])[0])
         if self.state.global_step == 0:
             self._warn_if_rounded_away()
         if not self._will_log:
             self._last_gradient = None  # it takes as much memory as the parameters
+
+    @torch.no_grad()
+    def _sft_loss_at(self, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The SFT loss of the batches of all processes, and the sum over the tokens of each of this process's."""
+        with self.accelerator.autocast():
+            parts = [self._sft_nll(self.inner.model, batch) for batch in batches]
+        total, tokens = self.accelerator.reduce(torch.tensor(parts, device=self.accelerator.device).sum(dim=0), "sum")
+        return total / tokens, [nll for nll, _ in parts]
 
     @property
     def _will_log(self) -> bool:
@@ -409,7 +460,8 @@ class StablePOTrainer(DPOTrainer):
         """After the outer backward: back to θ, and the gradient that the optimizer takes."""
         if self.args.bilevel == "penalty":
             return
-        self._totals["train"].add("stable/sft_gain", self._sft_before - self._sft_after[0] / self._sft_after[1])
+        if self._sft_batches is None:
+            self._totals["train"].add("stable/sft_gain", self._sft_before - self._sft_after[0] / self._sft_after[1])
         outer = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.inner.parameters]
         if self._last_gradient is not None and not self.is_deepspeed_enabled:
             product = inner_product(self._last_gradient, outer)
@@ -426,11 +478,10 @@ class StablePOTrainer(DPOTrainer):
 
     def _correct_gradient(self, outer: list[torch.Tensor]) -> None:
         """`(I - η ∇²L_SFT(θ)) ∇U(θ')` in the place of `∇U(θ')`."""
-        batches = [chosen_half(self._prepare_inputs(batch)) for batch in self._batches]
         if self.args.hypergradient == "exact":
-            product = self.inner.hessian_product(batches, outer, self._sft_nll_unfused)
+            product = self.inner.hessian_product(self._corrected_on, outer, self._sft_nll_unfused)
         else:
-            product = self.inner.difference_product(batches, outer)
+            product = self.inner.difference_product(self._corrected_on, outer)
         for parameter, gradient, correction in zip(self.inner.parameters, outer, product, strict=True):
             parameter.grad = gradient - self._last_rate * correction.to(gradient.dtype)
 
@@ -479,13 +530,16 @@ class StablePOTrainer(DPOTrainer):
             self._totals["train"] = totals
 
     def _deployment_batches(self) -> Iterator[list[dict[str, Any]]]:
-        """The same training pairs each time: for each step as many micro-batches as a step of the optimizer has."""
+        """The same rows each time: for each step as many micro-batches as a step of the optimizer has."""
         size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         steps, world, rank = (
             self.args.deploy_inner_steps,
             self.accelerator.num_processes,
             self.accelerator.process_index,
         )
+        if self._sft_batches is not None:
+            yield from ([self._sft_batches[number]] for number in range(steps))
+            return
         rows = self.train_dataset
         if isinstance(rows, Dataset):
             generator = torch.Generator().manual_seed(self.args.seed)
