@@ -23,6 +23,7 @@ TOOLS = {
 }
 TRAINERS = {
     "soft-po": "train with SoftPOTrainer",
+    "stable-po": "train with StablePOTrainer",
 }
 
 

@@ -94,6 +94,24 @@ def get_splits(
     return get("dataset_train_split"), get("dataset_test_split") if evaluate else None
 
 
+def get_sft_dataset(script_args: "ScriptArguments") -> "Dataset | None":
+    """
+    Load the dataset for the lower level that a command line names, if it does.
+    """
+    if script_args.sft_dataset_name is None:
+        return None
+    from trl import ScriptArguments
+
+    split = script_args.sft_dataset_train_split
+    dataset = load_dataset(ScriptArguments(dataset_name=script_args.sft_dataset_name, dataset_train_split=split))
+    if split not in dataset:
+        raise ValueError(
+            f"`sft_dataset_train_split` is {split!r}, but the dataset has only: {', '.join(dataset)}. Pass "
+            "`--sft_dataset_train_split` with one of them."
+        )
+    return dataset[split]
+
+
 def get_model_init_kwargs(model_args: "ModelConfig", training_args: "TrainingArguments") -> dict[str, Any]:
     """
     Return the keyword arguments of `from_pretrained`: those of the model options, overridden by `model_init_kwargs`.

@@ -1,0 +1,60 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Trains a model on preferences with StablePOTrainer: a script to copy and change. `trl-spo stable-po` does the same without one.
+
+One GPU:
+
+```bash
+accelerate launch examples/stable_po.py \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+    --dataset_name trl-lib/ultrafeedback_binarized \
+    --learning_rate 1e-6 \
+    --output_dir Qwen2.5-0.5B-StablePO
+```
+
+SimPO inside of Stable PO: `--upper_loss simpo`. Recipes: `--config examples/stable_po.yaml`, `stable_po_lora.yaml` and
+`stable_po_zero3.yaml`. Data of its own for the lower level: `--sft_dataset_name trl-lib/Capybara`. After an interruption:
+`--resume_from_checkpoint last`.
+
+`--dataset_name` is a dataset on the Hub, a folder written by `save_to_disk`, a folder of data files or one such file, with
+the columns `prompt`, `chosen` and `rejected`.
+"""
+
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_spo import StablePOConfig, StablePOTrainer
+from trl_spo.cli.stable_po import StablePOScriptArguments
+from trl_spo.cli.training import get_checkpoint, get_model_init_kwargs, get_sft_dataset, get_splits, load_dataset
+
+
+def main() -> None:
+    parser = TrlParser((StablePOScriptArguments, StablePOConfig, ModelConfig, DatasetMixtureConfig))
+    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+
+    dataset = load_dataset(script_args, dataset_args)
+    train_dataset, eval_dataset = get_splits(dataset, script_args, training_args)
+
+    training_args.model_init_kwargs = get_model_init_kwargs(model_args, training_args)
+    trainer = StablePOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        # Data of the lower level; by default the chosen responses
+        sft_dataset=get_sft_dataset(script_args),
+    )
+
+    trainer.train(resume_from_checkpoint=get_checkpoint(training_args))
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    main()
