@@ -48,14 +48,15 @@ class TestImport:
         assert float(run_python(code)) < 1
 
     def test_public_names(self):
-        assert sorted(trl_spo.__all__) == ["SoftPOConfig", "SoftPOTrainer", "__version__"]
+        trainers = ["SoftPOConfig", "SoftPOTrainer", "StablePOConfig", "StablePOTrainer"]
+        assert sorted(trl_spo.__all__) == [*trainers, "__version__"]
         assert set(trl_spo.__all__) <= set(dir(trl_spo))
 
     def test_public_names_are_trl_classes(self):
         from trl import DPOConfig, DPOTrainer
 
-        assert issubclass(trl_spo.SoftPOConfig, DPOConfig)
-        assert issubclass(trl_spo.SoftPOTrainer, DPOTrainer)
+        assert issubclass(trl_spo.SoftPOConfig, DPOConfig) and issubclass(trl_spo.StablePOConfig, DPOConfig)
+        assert issubclass(trl_spo.SoftPOTrainer, DPOTrainer) and issubclass(trl_spo.StablePOTrainer, DPOTrainer)
 
     def test_type_checkers_see_every_public_name(self):
         # What is imported under TYPE_CHECKING must be what `__getattr__` finds
@@ -252,18 +253,20 @@ class TestSplitArguments:
 class TestDocs:
     """What the documentation says in a second place."""
 
-    @pytest.fixture
-    def page(self):
-        return (ROOT / "docs" / "soft_po.md").read_text(encoding="utf-8")
+    def options_of(self, name):
+        """The section on options of a trainer's page."""
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        return page.split("\n## Options\n")[1].split("\n## ")[0]
 
-    def test_every_option_stands_on_the_page_with_its_default(self, page):
+    @pytest.mark.parametrize(("name", "config"), [("soft_po", "SoftPOConfig"), ("stable_po", "StablePOConfig")])
+    def test_every_option_stands_on_the_page_with_its_default(self, name, config):
         from dataclasses import MISSING, fields
 
-        table = page.split("\n## Options\n")[1].split("\n## ")[0]
+        config = getattr(trl_spo, config)
         cells = {}
-        for names, default in re.findall(r"^\| (.+?) \| (.+?) \|", table, re.MULTILINE):
+        for names, default in re.findall(r"^\| (.+?) \| (.+?) \|", self.options_of(name), re.MULTILINE):
             cells |= dict.fromkeys(re.findall(r"`(\w+\*?)`", names), default)
-        own = [field for field in fields(trl_spo.SoftPOConfig) if field.name in trl_spo.SoftPOConfig.__annotations__]
+        own = [field for field in fields(config) if field.name in config.__annotations__]
         words = {"none": None, "true": True, "false": False}
         for field in own:
             if field.name.startswith("vllm_"):
@@ -274,18 +277,29 @@ class TestDocs:
                 assert (words[cell] if cell in words else ast.literal_eval(cell.strip("`"))) == default, field.name
         assert set(cells) - {"vllm_*"} <= {field.name for field in own}
 
-    def test_every_refused_option_stands_on_the_page(self, page):
+    def test_every_refused_option_stands_on_the_page(self):
         from trl_spo.soft_po.soft_po_config import _DPO_ONLY_OPTIONS
 
-        section = page.split("\n## Options\n")[1].split("\n## ")[0]
+        section = self.options_of("soft_po")
         assert [name for name in _DPO_ONLY_OPTIONS if f"`{name}`" not in section] == []
 
-    def test_recipe_has_only_known_options(self):
-        from trl_spo.cli.launch import split_arguments
-        from trl_spo.cli.soft_po import make_parser
+    @pytest.mark.parametrize(
+        ("recipe", "launch"),
+        [
+            ("soft_po", []),
+            ("stable_po", []),
+            ("stable_po_lora", []),
+            ("stable_po_zero3", ["--accelerate_config", "zero3", "--num_processes", "8"]),
+        ],
+    )
+    def test_recipe_has_only_known_options(self, recipe, launch):
+        from importlib import import_module
 
-        launch, _ = split_arguments(make_parser(), ["--config", str(ROOT / "examples" / "soft_po.yaml")])
-        assert launch == []
+        from trl_spo.cli.launch import split_arguments
+
+        command = import_module(f"trl_spo.cli.{'stable_po' if recipe.startswith('stable') else 'soft_po'}")
+        arguments = ["--config", str(ROOT / "examples" / f"{recipe}.yaml")]
+        assert split_arguments(command.make_parser(), arguments)[0] == launch
 
     @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
     def test_links_of_the_readme(self, page):

@@ -168,7 +168,7 @@ class StablePOConfig(DPOConfig):
     inner_steps: int = field(
         default=1, metadata={"help": "SFT steps of the lower level for each step of the optimizer."}
     )
-    inner_learning_rate: float | str = field(
+    inner_learning_rate: str = field(  # a float too: the type is that of the command line, where "auto" must pass
         default="auto",
         metadata={
             "help": "Learning rate η > 0 of the inner steps, or 'auto': such that a step has `inner_step_fraction` times the "

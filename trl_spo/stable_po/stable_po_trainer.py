@@ -40,8 +40,8 @@ _MIN_CHANGED = 0.5
 
 class StablePOTrainer(DPOTrainer):
     """
-    Trainer for Stable Preference Optimization (Stable PO), proposed in the paper [Stable Preference Optimization for LLMs: A
-    Bilevel Approach Beyond Direct Preference Optimization](https://huggingface.co/papers/2507.07723).
+    Trainer for Stable Preference Optimization (Stable PO), proposed in the paper [Stable Preference Optimization: A Bilevel
+    Approach to Catastrophic Preference Shift](https://huggingface.co/papers/2507.07723).
 
     The upper level optimises any DPO-style preference loss, the lower level is supervised fine-tuning on the chosen responses
     and defines the region that the upper level may not leave. How it departs from the paper: the constants, the anchor of the
@@ -96,12 +96,13 @@ class StablePOTrainer(DPOTrainer):
     _tag_names = ["trl", "dpo", "trl-spo", "stable-po"]
     _name = "Stable PO"
     _paper = {
-        "title": "Stable Preference Optimization for LLMs: A Bilevel Approach Beyond Direct Preference Optimization",
+        "title": "Stable Preference Optimization: A Bilevel Approach to Catastrophic Preference Shift",
         "id": "2507.07723",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{jian2025stable,
-                title   = {{Stable Preference Optimization for LLMs: A Bilevel Approach Beyond Direct Preference Optimization}},
+                title   = {{Stable Preference Optimization: A Bilevel Approach to Catastrophic Preference Shift}},
+                author  = {Chengtao Jian and Kai Yang and Tianhao Gao and Wuguang Ni and Keying Yang and Bowen Xiao and Jiajun Liu and Ye Ouyang},
                 year    = 2025,
                 eprint  = {arXiv:2507.07723},
             }"""),
