@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Time, tokens per second and peak memory of an optimizer step: SoftPOTrainer beside TRL's DPOTrainer.
+Time, tokens per second and peak memory of an optimizer step: our trainers beside TRL's DPOTrainer.
 
 Every method trains in a process of its own (so that peak memory is its own) on the same pairs of random tokens, from
 the same random weights. The processes take turns, one block of steps each, so that drift of the machine hits all alike;
@@ -58,6 +58,11 @@ METHODS = {
     "SoftPO": {"calibration": "none"},
     "SoftPO calibrated": {"calibration": "reference"},
     "SoftPO calibrated, precomputed": {"calibration": "reference", "precompute_ref_log_probs": True},
+    "StablePO penalty": {},
+    "StablePO alternating": {"bilevel": "alternating"},
+    "StablePO unrolled": {"bilevel": "unrolled"},
+    "StablePO unrolled, finite difference": {"bilevel": "unrolled", "hypergradient": "finite_difference"},
+    "StablePO unrolled, exact": {"bilevel": "unrolled", "hypergradient": "exact"},
 }
 DEFAULTS = {
     "cpu": {"batch_size": 8, "prompt_length": 32, "completion_length": 96},
@@ -126,7 +131,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
 
-    from trl_spo import SoftPOConfig, SoftPOTrainer
+    from trl_spo import SoftPOConfig, SoftPOTrainer, StablePOConfig, StablePOTrainer
 
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -194,6 +199,8 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     }
     if name == "DPO":
         trainer_class, training_args = DPOTrainer, DPOConfig(**common)
+    elif name.startswith("StablePO"):
+        trainer_class, training_args = StablePOTrainer, StablePOConfig(**common, **options)
     else:
         options |= {"max_completion_length": args.completion_length}
         for field in ("resample_steps", "online_samples_per_step", "online_buffer_size"):
