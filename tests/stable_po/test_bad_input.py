@@ -119,3 +119,21 @@ def test_wrong_args(model_path, pairs, tmp_path):
 def test_wrong_columns(construct):
     with pytest.raises((ValueError, KeyError), match="chosen"):
         construct({"train_dataset": Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})})
+
+
+def test_lists(construct, lists):
+    with pytest.raises(ValueError, match=r"The train dataset holds lists.*Use `SoftPOTrainer`"):
+        construct({"train_dataset": lists})
+
+
+def test_empty_dataset(construct, pairs):
+    with pytest.raises(ValueError, match="The train dataset is empty"):
+        construct({"train_dataset": pairs.select([])})
+    with pytest.raises(ValueError, match=r"empty after dropping the prompts that fill `max_length=1`"):
+        construct(max_length=1)
+
+
+def test_identical_responses(construct, pairs):
+    same = pairs.remove_columns("rejected").add_column("rejected", pairs["chosen"])
+    with pytest.raises(ValueError, match="identical in every row of the train dataset"):
+        construct({"train_dataset": same})

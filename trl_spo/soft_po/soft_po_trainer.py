@@ -35,6 +35,7 @@ from .._compat import (
 )
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
+from ..preference_checks import check_preferences, columns_of
 from .checks import check_context, check_parallelism, check_policy, check_vocabulary, load_reference, refuse_vision
 from .online_kl import OnlineKL, OnlineKLOutput
 from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer, own_random_state
@@ -43,8 +44,6 @@ from .preference_data import (
     ListLayout,
     add_row_ids,
     check_any_left,
-    check_preferences,
-    columns_of,
     prepare_lists,
     prepare_prompts,
 )

@@ -26,6 +26,7 @@ from .. import losses
 from .._compat import get_config_model_id, no_reference_model
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
+from ..preference_checks import check_preferences, columns_of
 from .checks import check_inner_steps, check_lower_level, check_upper_loss
 from .inner_step import InnerStep, inner_product, norm
 from .sft_data import SFTBatches, prepare_sft_dataset
@@ -134,6 +135,8 @@ class StablePOTrainer(DPOTrainer):
             args = StablePOConfig(f"{model_name.split('/')[-1]}-StablePO")
         elif not isinstance(args, StablePOConfig):
             raise TypeError(f"`args` must be a `StablePOConfig`, got `{type(args).__name__}`.")
+        if isinstance(train_dataset, Dataset | IterableDataset):
+            columns_of(train_dataset, "train")  # raises if it is empty, which TRL does not say
         check_upper_loss(args)
         check_lower_level(args, sft_dataset)
         if ref_model is not None and not args.reads_reference:
@@ -180,6 +183,22 @@ class StablePOTrainer(DPOTrainer):
             rows = prepare_sft_dataset(sft_dataset, self._tokenizer, args)
             size = args.sft_batch_size or args.per_device_train_batch_size
             self._sft_batches = SFTBatches(rows, size, self._tokenizer.pad_token_id, args.seed, self.accelerator)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: StablePOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        dataset = check_preferences(dataset, dataset_name, allow_lists=False)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if next(iter(dataset), None) is None:
+            raise ValueError(
+                f"The {dataset_name} dataset is empty after dropping the prompts that fill `max_length={args.max_length}`. Set a "
+                "larger `max_length`."
+            )
+        return dataset
 
     # Loss
 
