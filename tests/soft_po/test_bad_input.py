@@ -3,7 +3,7 @@
 """What cannot be trained is refused before it is trained, by an error that names the option, its value and the remedy."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin, TrainerC
 from trl import DPOConfig
 
 from trl_spo import SoftPOConfig, SoftPOTrainer
+from trl_spo.soft_po.online_kl import OnlineKL
 from trl_spo.soft_po.soft_po_config import _DPO_ONLY_OPTIONS
 
 
@@ -606,8 +607,15 @@ class TestNonFinite:
         assert f"on the rows {seen[1]} of the dataset" in str(error.value)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_kl(self, make_trainer, value):
-        trainer = make_trainer({"callbacks": [_SetWeights(value)]}, beta=0.1, resample_steps=8, max_steps=3)
+    def test_kl(self, make_trainer, value, monkeypatch):
+        trainer = make_trainer(beta=0.1, resample_steps=8, max_steps=3)
+        measure = OnlineKL.__call__
+
+        def spoilt(self, model, samples):
+            output = measure(self, model, samples)
+            return replace(output, loss=output.loss * (value if trainer.state.global_step == 1 else 1.0))
+
+        monkeypatch.setattr(OnlineKL, "__call__", spoilt)
         with Refused(
             "The KL of the online samples is not finite at step 1", "rows [", "learning_rate", error=FloatingPointError
         ):

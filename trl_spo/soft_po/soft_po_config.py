@@ -88,7 +88,7 @@ class SoftPOConfig(DPOConfig):
             reward-to-go of the KL: the exact gradient, of more variance).
         resample_steps (`int`, *optional*, defaults to `8`):
             T, the optimizer steps after which new samples are drawn from the model.
-        online_samples_per_step (`int`, *optional*, defaults to `8`):
+        online_samples_per_step (`int`, *optional*, defaults to `4`):
             Sequences that the KL is taken over, per device and optimizer step.
         online_buffer_size (`int`, *optional*):
             Sequences drawn per device at each resampling, a multiple of `online_samples_per_step`; the steps take their
@@ -212,7 +212,7 @@ class SoftPOConfig(DPOConfig):
         metadata={"help": "Optimizer steps after which new samples are drawn from the model."},
     )
     online_samples_per_step: int = field(
-        default=8,
+        default=4,
         metadata={"help": "Sequences that the KL is taken over, per device and optimizer step."},
     )
     online_buffer_size: int | None = field(
