@@ -220,7 +220,8 @@ class StablePOTrainer(DPOTrainer):
         """The reference's log-probabilities of the chosen and the rejected responses, as far as they are read."""
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        if any(name not in REFERENCE_FREE for name in self.args.upper_loss):
+        needs_pairs = any(name not in REFERENCE_FREE for name in self.args.upper_loss)
+        if needs_pairs or (self._is_vlm and self.args.reads_reference):  # images do not come in halves
             return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         if self.args.regularizer == "floor" or (self._anchor_is_reference and self._sft_batches is None):
             return self._plain_reference_logps(chosen_half(inputs)), None
@@ -266,7 +267,7 @@ class StablePOTrainer(DPOTrainer):
             ("chosen", chosen_logps, ref_chosen_logps),
             ("rejected", rejected_logps, ref_rejected_logps),
         ):
-            if reference is not None:
+            if reference is not None and self.ld_alpha is None:  # with it, the reference's are of another kind
                 change = gather(logps.detach() - reference)
                 totals.add(f"logps/{name}_change", change)
                 if name == "chosen":
@@ -437,8 +438,8 @@ class StablePOTrainer(DPOTrainer):
             self._sft_after = torch.zeros_like(self._sft_after)
         elif self._will_log:  # a forward pass more
             totals.add("stable/sft_gain", before - self._sft_loss_at(steps[0])[0])
-        if self.state.global_step == 0:
-            self._warn_if_rounded_away()
+        if self.state.global_step == 0 and not (self.args.bilevel == "alternating" and self.is_deepspeed_enabled):
+            self._warn_if_rounded_away()  # DeepSpeed's master weights keep what the others round away
         if not self._will_log:
             self._last_gradient = None  # it takes as much memory as the parameters
 
