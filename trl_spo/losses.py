@@ -431,7 +431,8 @@ def alphadpo_loss(
         alpha (`float`, *optional*, defaults to `0.1`):
             Weight α of the pair's own margin; with 0 it is [`simpo_loss`].
         batch_margins (`torch.Tensor` of shape `(N,)`, *optional*):
-            `M` of the global batch, which it is standardised with, see [`alphadpo_margins`]. By default this batch's.
+            `M` of the global batch, which it is standardised with, see [`alphadpo_margins`]. By default this batch's. Of a
+            single pair the z-score is 0.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: loss of each pair.
@@ -442,8 +443,10 @@ def alphadpo_loss(
     )
     if batch_margins is None:
         batch_margins = margins
-    # At the start policy and reference are equal: the margins are then rounding errors, which must not become z-scores
-    standardised = (margins - batch_margins.mean()) / (batch_margins.std() + 1e-6)
+    # At the start policy and reference are equal: the margins are then rounding errors, which must not become z-scores.
+    # A single margin has no deviation.
+    std = batch_margins.std() if len(batch_margins) > 1 else 0.0
+    standardised = (margins - batch_margins.mean()) / (std + 1e-6)
     return -F.logsigmoid(utility - (gamma + alpha * standardised))
 
 

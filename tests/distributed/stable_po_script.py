@@ -28,6 +28,9 @@ SCENARIOS = {
     "unrolled": UNROLLED,
     "unrolled_accumulation": {**UNROLLED, "gradient_accumulation_steps": 4, "inner_steps": 2},
     "unrolled_lora": {**UNROLLED, "learning_rate": 1e-2},
+    "alternating_auto": {"bilevel": "alternating", "inner_step_fraction": 1e-2},
+    "penalty_sft": {**PENALTY, "sft_batch_size": 8},
+    "alternating_sft": {**ALTERNATING, "sft_batch_size": 8},
     "mix": {**PENALTY, "upper_loss": ["apo_down", "simpo"], "loss_weights": [1.0, 0.5]},
     "simpo": {**PENALTY, "upper_loss": ["simpo"], "penalty_anchor": "lower_level", "inner_learning_rate": 0.05},
     "alphadpo": {**PENALTY, "upper_loss": ["alphadpo"]},
@@ -47,6 +50,8 @@ def run(world: Path, out: Path, scenario: str) -> None:
         **SCENARIOS[scenario],
     }
     accumulation = options.get("gradient_accumulation_steps", 1)
+    if "sft_batch_size" in options:
+        options["sft_batch_size"] //= processes
     args = StablePOConfig(
         output_dir=str(out / scenario),
         per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
@@ -64,6 +69,9 @@ def run(world: Path, out: Path, scenario: str) -> None:
         args=args,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(8)),
+        sft_dataset=dataset.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+        if "sft" in scenario
+        else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if "lora" in scenario else None,
     )
     trainer.train()

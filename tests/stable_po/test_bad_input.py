@@ -52,6 +52,13 @@ BAD_OPTIONS = [
         {"bilevel": "alternating", "inner_learning_rate": 0.1, "inner_step_fraction": 1e-3},
         r"`inner_step_fraction=0.001` is read with `inner_learning_rate='auto'` only",
     ),
+    ({"regularizer_weight": 0.5}, r"`regularizer_weight=0.5` is not read with `regularizer='none'`"),
+    ({"penalty_weight": 0.0, "penalty_slack": 0.1}, r"`penalty_slack=0.1` is not read with `penalty_weight=0`"),
+    ({"penalty_weight": 0.0, "penalty_anchor": "lower_level"}, r"`penalty_anchor='lower_level'` is not read with"),
+    # What would let θ out where θ' is meant
+    ({**UNROLLED, "sync_ref_model": True}, r"the reference would become θ, and not the θ'"),
+    ({**UNROLLED, "push_to_hub": True}, r"`hub_strategy='every_save'` pushes checkpoints.*Set `hub_strategy='end'`"),
+    ({**UNROLLED, "save_only_model": True}, r"`save_only_model=True` leaves checkpoints that cannot be resumed"),
     ({"ld_alpha": 0.5}, r"`ld_alpha=0.5` is not supported with `penalty_anchor='reference'`"),
     ({"upper_loss": "dpop", "penalty_weight": 0.0, "ld_alpha": 0.5}, r"`ld_alpha=0.5` is supported with TRL's losses"),
     (
@@ -107,6 +114,44 @@ def test_exact_with_fused_operations(construct, option, monkeypatch):
 
     with pytest.raises(ValueError, match=f"`{option}=True` do not have. Set `{option}=False`"):
         check_inner_steps(trainer.model, trainer.args, trainer.accelerator, is_vlm=False)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "schedule_free_adamw"])
+def test_optimizers_that_write_the_weights_themselves(construct, optim):
+    trainer = construct(bilevel="alternating")
+    trainer.args.optim = optim  # whose library may not be here
+    from trl_spo.stable_po.checks import check_inner_steps
+
+    with pytest.raises(ValueError, match=f"`bilevel='alternating'` is not supported with `optim='{optim}'`"):
+        check_inner_steps(trainer.model, trainer.args, trainer.accelerator, is_vlm=False)
+
+
+def test_finite_difference_in_low_precision(construct):
+    options = {"bilevel": "unrolled", "hypergradient": "finite_difference"}
+    with pytest.raises(ValueError, match="`bf16=True` leaves only rounding errors of it. Train in float32"):
+        construct(**options, bf16=True)
+    with pytest.raises(ValueError, match="weights in torch.bfloat16 leaves only rounding errors"):
+        construct(**options, model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_anchor_without_its_reference(construct, pairs):
+    sft = Dataset.from_dict({"text": ["the film was good"]})
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs=True` keeps no reference, and with `sft_dataset`"):
+        construct({"sft_dataset": sft}, precompute_ref_log_probs=True)
+    construct({"sft_dataset": sft}, precompute_ref_log_probs=True, penalty_anchor="lower_level")
+
+
+def test_divergence_of_own_losses(construct):
+    with pytest.raises(ValueError, match=r"`f_divergence_type='js_divergence'` changes TRL's losses only.*\['cpo'\]"):
+        construct(upper_loss=["sigmoid", "cpo"], f_divergence_type="js_divergence")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_too_few_rows_to_deploy(construct, pairs, streams):
+    data = pairs.to_iterable_dataset() if streams else pairs
+    with pytest.raises(ValueError, match=r"`deploy_inner_steps=3` takes 24 rows.*the train dataset has 8"):
+        # Of a dataset that streams it is known when the rows have been read
+        construct({"train_dataset": data}, bilevel="unrolled", deploy_inner_steps=3, logging_steps=1).train()
 
 
 def test_wrong_args(model_path, pairs, tmp_path):

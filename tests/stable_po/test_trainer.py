@@ -287,10 +287,118 @@ def test_iterable_dataset(make_trainer, pairs):
     json.dumps(trainer.state.log_history)
 
 
-def test_unrolled_with_too_few_rows_to_deploy(make_trainer):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": " film", "rejected": " dog"}] * 4)
-    with pytest.raises(ValueError, match="`deploy_inner_steps=3` asks for more batches than the train dataset has"):
-        make_trainer({"train_dataset": rows}, **{**UNROLLED, "deploy_inner_steps": 3}).train()
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_autocast_is_near_float32(make_trainer, form):
+    logs = []
+    for bf16 in (False, True):
+        trainer = make_trainer(bf16=bf16, **FORMS[form])
+        trainer.train()
+        logs.append(trainer.state.log_history[1])
+    for name in logs[0]:
+        if name.startswith(("stable/", "logps/")):
+            assert logs[1][name] == pytest.approx(logs[0][name], rel=0.1, abs=0.1), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("form", ["alternating", "unrolled"])
+def test_checkpointing_changes_nothing(make_trainer, weights_of, form, reentrant):
+    plain = make_trainer(**FORMS[form])
+    checkpointed = make_trainer(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}, **FORMS[form]
+    )
+    for trainer in (plain, checkpointed):
+        trainer.train()
+    expected, found = weights_of(plain.model), weights_of(checkpointed.model)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+class TestEndOfEpoch:
+    def test_fewer_micro_batches(self, make_trainer, pairs):
+        """Eight pairs in micro-batches of 3: two steps an epoch, of 2 and 1 of them."""
+        for form in ("alternating", "unrolled"):
+            trainer = make_trainer(
+                per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4, **FORMS[form]
+            )
+            trainer.train()
+            assert trainer.state.global_step == 4 and not trainer.inner.is_away
+
+    def test_stream_that_ends_within_a_step(self, make_trainer, pairs, weights_of):
+        """Its length is not known, so the last group of micro-batches of an epoch is cut short unseen."""
+        trainer = make_trainer(
+            {"train_dataset": pairs.select(range(6)).to_iterable_dataset(), "eval_dataset": pairs},
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=1,
+            **UNROLLED,
+        )
+        trainer.train()
+        assert not trainer.inner.is_away
+
+    def test_resuming_a_run_that_is_over(self, make_trainer, tmp_path, weights_of):
+        options = {"save_strategy": "steps", "save_steps": 2, **UNROLLED}
+        first = make_trainer(**options)
+        first.train()
+        again = make_trainer(**options)
+        again.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+        assert equal(weights_of(first.model), weights_of(again.model))
+
+
+def test_last_batch_of_a_single_pair(make_trainer, pairs, weights_of):
+    trainer = make_trainer(
+        {"train_dataset": pairs.select(range(5)), "eval_dataset": pairs.select(range(5))},
+        upper_loss="alphadpo",
+        max_steps=4,
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    assert all(weight.isfinite().all() for weight in weights_of(trainer.model).values())
+    assert trainer.evaluate()["eval_loss"] < 100
+
+
+def test_best_model_at_the_end(make_trainer, pairs, tmp_path, weights_of):
+    trainer = make_trainer(
+        {"eval_dataset": pairs},
+        max_steps=4,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        load_best_model_at_end=True,
+        **UNROLLED,
+    )
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    # θ' of the best checkpoint
+    assert trainer._is_deployed and not equal(best, weights_of(trainer.model))
+
+
+def test_sft_gradient_that_is_not_finite(make_trainer):
+    trainer = make_trainer(max_steps=3, **ALTERNATING)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.lm_head.weight.data.fill_(float("nan"))
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(FloatingPointError, match="The SFT gradient of the lower level is not finite at step 1"):
+        trainer.train()
+
+
+def test_trained_adapter_against_its_copy(make_trainer, model_path, load_model, perturb, weights_of):
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = perturb(get_peft_model(load_model(model_path), LoraConfig(**LORA)), only_trainable=True)
+    trainer = make_trainer({"model": model}, **ALTERNATING)
+    before = weights_of(trainer.model)
+    trainer.train()
+    after = weights_of(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".default." in name for name in moved)  # not the copy, which is the reference
+    assert abs(log_of(trainer, "logps/chosen_change")[0]) < 5
 
 
 SFT = {

@@ -16,6 +16,11 @@ def check_upper_loss(args: StablePOConfig) -> None:
         raise ValueError(
             f"`use_weighting=True` weighs TRL's losses only, and `upper_loss` has {own}. Set `use_weighting=False`."
         )
+    if args.f_divergence_type != "reverse_kl" and own:
+        raise ValueError(
+            f"`f_divergence_type={args.f_divergence_type!r}` changes TRL's losses only, and `upper_loss` has {own}. Use "
+            "'reverse_kl'."
+        )
     if "alphadpo" in own and args.per_device_train_batch_size * args.world_size < 2:
         raise ValueError(
             "`upper_loss='alphadpo'` standardises margins over the batch, and `per_device_train_batch_size=1` in one process "
@@ -33,6 +38,26 @@ def check_lower_level(args: StablePOConfig, sft_dataset: Dataset | None) -> None
         raise ValueError("`sft_dataset` is given, but with `penalty_weight=0` nothing reads it. Leave it out.")
 
 
+def check_anchor(args: StablePOConfig, has_sft_dataset: bool, has_reference: bool) -> None:
+    """Raises a `ValueError` if the penalty's anchor is a reference that is not there when it is read."""
+    is_read = args.bilevel == "penalty" and args.penalty_anchor == "reference" and args.penalty_weight > 0
+    if is_read and has_sft_dataset and not has_reference:
+        raise ValueError(
+            "`precompute_ref_log_probs=True` keeps no reference, and with `sft_dataset` the penalty's anchor needs it during the "
+            "training. Set `precompute_ref_log_probs=False`, pass a `ref_model`, or use `penalty_anchor='lower_level'`."
+        )
+
+
+def check_deployment(args: StablePOConfig, num_rows: int, world_size: int) -> None:
+    """Raises a `ValueError` if there are too few rows for the steps that turn θ into θ'."""
+    needed = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size * args.deploy_inner_steps
+    if num_rows < needed:
+        raise ValueError(
+            f"`deploy_inner_steps={args.deploy_inner_steps}` takes {needed} rows, batches like those of the training, and the train "
+            f"dataset has {num_rows}. Use fewer steps or smaller batches."
+        )
+
+
 def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator: Accelerator, is_vlm: bool) -> None:
     """Raises a `ValueError` if the steps of the lower level cannot be taken exactly on this model."""
     form = f"`bilevel={args.bilevel!r}`" if args.bilevel != "penalty" else "`penalty_anchor='lower_level'`"
@@ -45,6 +70,19 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) > 1:
             raise ValueError(f"{form} is not supported with `{name}={getattr(parallelism, name)}`. {way_out}")
+    for name in ("lomo", "layerwise", "schedule_free"):
+        if name in str(getattr(args.optim, "value", args.optim)):
+            raise ValueError(
+                f"{form} is not supported with `optim={getattr(args.optim, 'value', args.optim)!r}`, which writes the weights "
+                f"outside of its own step. Use another optimizer. {way_out}"
+            )
+    if args.bilevel == "unrolled" and args.deploy_inner_steps > 0:
+        plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+        if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+            raise ValueError(
+                f"{form} under ZeRO-3 needs `zero3_save_16bit_model: true` in the accelerate config: without it the master "
+                "weights are saved, which are θ, and not the θ' that solves the problem."
+            )
     if args.bilevel != "unrolled" or args.hypergradient == "first_order":
         return
     form = f"`hypergradient={args.hypergradient!r}`"
@@ -53,8 +91,21 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
             f"{form} is not supported with DeepSpeed, which keeps the outer gradient to itself. Use "
             "`hypergradient='first_order'`, or run without DeepSpeed."
         )
-    if args.hypergradient != "exact":
+    if args.hypergradient == "finite_difference":
+        low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+        precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+        if precision is not None or low:
+            reason = f"`{precision}=True`" if precision else f"weights in {', '.join(sorted(low))}"
+            raise ValueError(
+                f"{form} takes the difference of two gradients that are very near each other, and {reason} leaves only rounding "
+                "errors of it. Train in float32, or use `hypergradient='first_order'` or 'exact'."
+            )
         return
+    if getattr(model, "use_kernels", False):
+        raise ValueError(
+            f"{form} needs a second derivative, which the kernels of `use_kernels=True` do not have. Load the model without "
+            "them, or use `hypergradient='first_order'`."
+        )
     attention = model.config.get_text_config()._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise ValueError(
@@ -69,5 +120,5 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
             )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         raise ValueError(
-            f"{form} needs a second derivative, which quantized layers do not have. Use `hypergradient='finite_difference'`."
+            f"{form} needs a second derivative, which quantized layers do not have. Use `hypergradient='first_order'`."
         )

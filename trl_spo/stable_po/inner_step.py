@@ -167,7 +167,11 @@ class InnerStep:
         """Norm of the trained parameters."""
         if self.zero_stage != 3:
             return norm(self.parameters)
-        squares = sum(parameter.ds_tensor.float().square().sum() for parameter in self.parameters)
+        squares, rank = 0.0, self.accelerator.process_index
+        for parameter in self.parameters:
+            share = parameter.ds_tensor.numel()
+            filled = max(0, min(share, parameter.ds_numel - rank * share))  # the last process's share is padded
+            squares = squares + parameter.ds_tensor.flatten()[:filled].float().square().sum()
         return self.accelerator.reduce(squares, "sum").sqrt()
 
     @torch.no_grad()

@@ -108,18 +108,22 @@ class SFTBatches:
     def __init__(self, dataset: Dataset, batch_size: int, pad_token_id: int, seed: int, accelerator: Accelerator):
         self.dataset, self.batch_size, self.pad_token_id = dataset, batch_size, pad_token_id
         self.seed, self.accelerator = seed, accelerator
+        self._orders: dict[int, list[int]] = {}
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.dataset), generator=generator).tolist()
+            self._orders = {**{e: o for e, o in self._orders.items() if e == epoch - 1}, epoch: order}
+        return self._orders[epoch]
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """This process's share of a batch."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         first = number * self.batch_size * world + rank
         places = range(first, first + self.batch_size * world, world)
-        orders = {epoch: self._order(epoch) for epoch in {place // len(self.dataset) for place in places}}
-        rows = [self.dataset[orders[place // len(self.dataset)][place % len(self.dataset)]] for place in places]
+        size = len(self.dataset)
+        rows = [self.dataset[self._order(place // size)[place % size]] for place in places]
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         masks = [torch.tensor(row["completion_mask"]) for row in rows]
         batch = {

@@ -308,6 +308,16 @@ class StablePOConfig(DPOConfig):
                     f"`{name}={getattr(self, name)!r}` is not read by `upper_loss={self.upper_loss!r}`, only by "
                     f"{list(readers)}. Leave it at its default, or change `upper_loss`."
                 )
+        if self.regularizer == "none" and not is_default("regularizer_weight"):
+            raise ValueError(
+                f"`regularizer_weight={self.regularizer_weight}` is not read with `regularizer='none'`. Set `regularizer` to "
+                "'nll' or 'floor', or leave the weight out."
+            )
+        for name in ("penalty_slack", "penalty_anchor"):
+            if self.bilevel == "penalty" and self.penalty_weight == 0 and not is_default(name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not read with `penalty_weight=0`. Set a weight, or leave it out."
+                )
         forms = {self.bilevel} | ({"lower_level anchor"} if self.takes_inner_steps else set())
         for name, readers in _FORM_OPTIONS.items():
             if not is_default(name) and not forms & set(readers):
@@ -337,8 +347,30 @@ class StablePOConfig(DPOConfig):
                 f"`ld_alpha={self.ld_alpha}` is supported with TRL's losses and without `regularizer='floor'` only. Use "
                 "`ld_alpha=None`."
             )
+        if self.bilevel == "unrolled":
+            self._check_deployment()
         if self.sync_ref_model and not self.reads_reference:
             raise ValueError(
                 f"`sync_ref_model=True` but nothing reads the reference with `upper_loss={self.upper_loss!r}`, "
                 f"`bilevel={self.bilevel!r}` and `regularizer={self.regularizer!r}`. Set `sync_ref_model=False`."
+            )
+
+    def _check_deployment(self) -> None:
+        """What would let θ out where θ' is meant."""
+        if self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model=True` is not supported with `bilevel='unrolled'`: the reference would become θ, and not the θ' "
+                "that solves the problem. Set `sync_ref_model=False`, or use another `bilevel`."
+            )
+        if self.deploy_inner_steps == 0:
+            return
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(
+                f"`hub_strategy={getattr(self.hub_strategy, 'value', self.hub_strategy)!r}` pushes checkpoints, which are θ with "
+                "`bilevel='unrolled'`, and not the θ' that solves the problem. Set `hub_strategy='end'`."
+            )
+        if self.save_only_model:
+            raise ValueError(
+                "`save_only_model=True` leaves checkpoints that cannot be resumed, and with `bilevel='unrolled'` they are θ, and "
+                "not the θ' that solves the problem. Set `save_only_model=False`; `save_model` at the end saves θ'."
             )

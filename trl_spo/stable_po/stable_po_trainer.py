@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
@@ -27,7 +28,7 @@ from .._compat import get_config_model_id, no_reference_model
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
 from ..preference_checks import check_preferences, columns_of
-from .checks import check_inner_steps, check_lower_level, check_upper_loss
+from .checks import check_anchor, check_deployment, check_inner_steps, check_lower_level, check_upper_loss
 from .inner_step import InnerStep, inner_product, norm
 from .sft_data import SFTBatches, prepare_sft_dataset
 from .stable_po_config import OWN_LOSSES, REFERENCE_FREE, TRL_LOSSES, StablePOConfig
@@ -167,7 +168,7 @@ class StablePOTrainer(DPOTrainer):
 
         self._totals = {"train": MetricTotals(), "eval": MetricTotals()}
         self._eval_prefix = "eval"
-        self._is_deployed = False  # the weights are θ' for good
+        self._is_deployed = False  # the weights are θ', for good or for the moment
         self._saves_checkpoint = False
         self._micro_step = 0  # index of the next micro-batch in the optimizer step
         self._batches: list[dict[str, Any]] = []  # of the optimizer step, for the lower level
@@ -178,6 +179,10 @@ class StablePOTrainer(DPOTrainer):
         )  # nats and tokens, of the outer forward passes
         if args.takes_inner_steps:
             check_inner_steps(self.model, args, self.accelerator, self._is_vlm)
+        has_reference = (self.ref_model is not None and not self.is_fsdp_enabled) or is_peft_model(self.model)
+        check_anchor(args, sft_dataset is not None, has_reference or not args.precompute_ref_log_probs)
+        if self._deploys and sft_dataset is None and isinstance(self.train_dataset, Dataset):
+            check_deployment(args, len(self.train_dataset), self.accelerator.num_processes)
         self._sft_batches: SFTBatches | None = None
         if sft_dataset is not None:
             rows = prepare_sft_dataset(sft_dataset, self._tokenizer, args)
@@ -220,6 +225,8 @@ class StablePOTrainer(DPOTrainer):
         """The reference's log-probabilities of the chosen and the rejected responses, as far as they are read."""
         if self.precompute_ref_logps:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if not self.args.reads_reference:
+            return None, None
         needs_pairs = any(name not in REFERENCE_FREE for name in self.args.upper_loss)
         if needs_pairs or (self._is_vlm and self.args.reads_reference):  # images do not come in halves
             return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
@@ -367,11 +374,12 @@ class StablePOTrainer(DPOTrainer):
         # Called once an optimizer step, with all of its micro-batches
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_step = 0
+        self._num_micro_steps = len(batches)
         self._batches = batches if self.args.takes_inner_steps else []
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        is_last = self.accelerator.sync_gradients
+        is_last = self._micro_step == self._num_micro_steps - 1
         try:
             if self._micro_step == 0 and self.args.takes_inner_steps:
                 model.train()
@@ -421,6 +429,7 @@ class StablePOTrainer(DPOTrainer):
         """The lower level's steps."""
         if self.inner is None:
             self.inner = self._make_inner_step()
+        self.inner.restore()  # if the epoch was stopped between the micro-batches of a step
         steps, totals = self._lower_level_batches(), self._totals["train"]
         if self.args.bilevel == "penalty":
             with self.inner.saved():
@@ -467,6 +476,12 @@ class StablePOTrainer(DPOTrainer):
             gradient, loss = self.inner.gradient(batches)
             first_loss = loss if first_loss is None else first_loss
             length = norm(gradient)
+            if not length.isfinite():
+                raise FloatingPointError(
+                    f"The SFT gradient of the lower level is not finite at step {self.state.global_step}. Try a smaller "
+                    "`learning_rate`, a smaller `inner_learning_rate`, and `bf16` instead of `fp16`. Nothing was saved for this "
+                    "step; resume from the last checkpoint."
+                )
             if self.args.inner_learning_rate == "auto":
                 rate = (self.args.inner_step_fraction * size / length).item() if length > 0 else 0.0
             else:
@@ -483,8 +498,10 @@ class StablePOTrainer(DPOTrainer):
             return
         if self._sft_batches is None:
             self._totals["train"].add("stable/sft_gain", self._sft_before - self._sft_after[0] / self._sft_after[1])
-        outer = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.inner.parameters]
-        if self._last_gradient is not None and not self.is_deepspeed_enabled:
+        outer = []
+        if not self.is_deepspeed_enabled:
+            outer = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.inner.parameters]
+        if self._last_gradient is not None and outer:
             product = inner_product(self._last_gradient, outer)
             lengths = norm(self._last_gradient) * norm(outer)
             if lengths > 0:
@@ -493,7 +510,7 @@ class StablePOTrainer(DPOTrainer):
             self.inner.restore()
             if self.args.hypergradient != "first_order":
                 self._correct_gradient(outer)
-            if self.is_deepspeed_enabled:
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 self.accelerator.deepspeed_engine_wrapped.engine.step()
         self._last_gradient = None
 
@@ -532,11 +549,21 @@ class StablePOTrainer(DPOTrainer):
         if not self._deploys or self._is_deployed:
             yield
             return
+        if self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            raise RuntimeError(
+                "Under DeepSpeed, the unrolled form can be evaluated and saved from the first step of the training on, and not "
+                "before. Use `eval_on_start=True` for an evaluation at the start."
+            )
         if self.inner is None:
             self.inner = self._make_inner_step()
+        self.inner.restore()
         with self.inner.saved():
             self._deploy()
-            yield
+            self._is_deployed = True
+            try:
+                yield
+            finally:
+                self._is_deployed = False
 
     @property
     def _deploys(self) -> bool:
@@ -544,10 +571,15 @@ class StablePOTrainer(DPOTrainer):
 
     def _deploy(self) -> None:
         """Moves from θ to θ'."""
+        if self.inner is None:
+            self.inner = self._make_inner_step()
         totals, self._totals["train"] = self._totals["train"], MetricTotals()  # these steps are not training's
+        was_training = self.inner.model.training
+        self.inner.model.train(self.args.gradient_checkpointing)  # which evaluation mode would switch off
         try:
             self._descend(self._deployment_batches(), self.inner.move)
         finally:
+            self.inner.model.train(was_training)
             self._totals["train"] = totals
 
     def _deployment_batches(self) -> Iterator[list[dict[str, Any]]]:
@@ -566,12 +598,9 @@ class StablePOTrainer(DPOTrainer):
             generator = torch.Generator().manual_seed(self.args.seed)
             rows = rows.select(torch.randperm(len(rows), generator=generator).tolist())
         rows = list(islice(rows, size * accumulation * world * steps))
+        check_deployment(self.args, len(rows), world)  # for all processes alike
         for step in range(steps):
             share = rows[step * size * accumulation * world : (step + 1) * size * accumulation * world][rank::world]
-            if not share:
-                raise ValueError(
-                    f"`deploy_inner_steps={steps}` asks for more batches than the train dataset has. Use fewer."
-                )
             batches = [self.data_collator(share[first : first + size]) for first in range(0, len(share), size)]
             yield [chosen_half(self._prepare_inputs(batch)) for batch in batches]
 
@@ -583,7 +612,7 @@ class StablePOTrainer(DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'; in the middle of a step, θ
-        if self.inner is not None and self.inner.is_away:
+        if self.inner is not None and self.inner.is_away and not self._is_deployed:
             weights = self.inner.back_home()
         else:
             weights = nullcontext() if self._saves_checkpoint else self._deployed()
