@@ -45,8 +45,9 @@ FORMS = {
     "plain": {"penalty_weight": 0.0},
     "penalty w 1": {"penalty_weight": 1.0},
     "penalty w 10": {"penalty_weight": 10.0},
-    "alternating": {"bilevel": "alternating"},
-    "unrolled": {"bilevel": "unrolled"},
+    "alternating 1e-4": {"bilevel": "alternating", "inner_step_fraction": 1e-4},
+    "alternating 1e-3": {"bilevel": "alternating", "inner_step_fraction": 1e-3},
+    "unrolled 1e-3": {"bilevel": "unrolled", "inner_step_fraction": 1e-3},
 }
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -283,7 +284,7 @@ def draw(by_config: dict, folder: Path, setting: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = dict(zip(FORMS, ("#000000", "#56B4E9", "#0072B2", "#D55E00", "#009E73"), strict=True))
+    colors = dict(zip(FORMS, ("#000000", "#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#009E73"), strict=True))
     quantities = {
         "chosen": "change of the chosen log-prob (nats)",
         "accuracy": "held-out accuracy",
