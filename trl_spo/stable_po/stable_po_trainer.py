@@ -172,11 +172,10 @@ class StablePOTrainer(DPOTrainer):
         self._saves_checkpoint = False
         self._micro_step = 0  # index of the next micro-batch in the optimizer step
         self._batches: list[dict[str, Any]] = []  # of the optimizer step, for the lower level
-        self._anchors: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the lower level, one for each of them
+        self._anchors: list[torch.Tensor] = []  # SFT loss of the lower level in nats, of each of them
         self.inner: InnerStep | None = None
-        self._sft_after = torch.zeros(
-            2, device=self.accelerator.device
-        )  # nats and tokens, of the outer forward passes
+        # Nats and tokens of the outer forward passes
+        self._sft_after = torch.zeros(2, device=self.accelerator.device)
         if args.takes_inner_steps:
             check_inner_steps(self.model, args, self.accelerator, self._is_vlm)
         has_reference = (self.ref_model is not None and not self.is_fsdp_enabled) or is_peft_model(self.model)
@@ -228,17 +227,17 @@ class StablePOTrainer(DPOTrainer):
         if not self.args.reads_reference:
             return None, None
         needs_pairs = any(name not in REFERENCE_FREE for name in self.args.upper_loss)
-        if needs_pairs or (self._is_vlm and self.args.reads_reference):  # images do not come in halves
+        if needs_pairs or self._is_vlm:  # images do not come in halves
             return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        if self.args.regularizer == "floor" or (self._anchor_is_reference and self._sft_batches is None):
+        floor = self.args.regularizer == "floor" and self.args.regularizer_weight > 0
+        if floor or (self._anchor_is_reference and self._sft_batches is None):
             return self._plain_reference_logps(chosen_half(inputs)), None
         return None, None
 
     def _plain_reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """Of a batch of responses that are not in pairs."""
-        return torch.cat(
-            self.compute_ref_log_probs(self.ref_model or self.model, batch)
-        )  # it takes any batch for two halves
+        # TRL's method returns two halves, whatever they are
+        return torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, batch))
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
