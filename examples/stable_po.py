@@ -54,6 +54,7 @@ def main() -> None:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()  # finishes the trackers and the process group
 
 
 if __name__ == "__main__":

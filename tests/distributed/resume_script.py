@@ -57,6 +57,7 @@ def main(world: Path, out: Path, kill_at: int, lora: bool) -> None:
         trainer.training_step = training_step
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.exists() else None)
     trainer.save_model(str(out / "final"))
+    trainer.accelerator.end_training()  # else Gloo's threads may abort the process while it exits
 
 
 if __name__ == "__main__":

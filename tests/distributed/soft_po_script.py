@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import load_from_disk
 from peft import LoraConfig
@@ -132,3 +133,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[3:]:
         run(Path(sys.argv[1]), Path(sys.argv[2]), name)
+    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import load_from_disk
 from peft import LoraConfig
 
@@ -91,3 +92,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[3:] or SCENARIOS:
         run(Path(sys.argv[1]), Path(sys.argv[2]), name)
+    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits
