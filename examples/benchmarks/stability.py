@@ -13,6 +13,9 @@ Three settings, each with a capability that has nothing to do with any judge:
     python examples/benchmarks/stability.py --setting arithmetic --output_dir stability --seeds 0 1 2
     python examples/benchmarks/stability.py --setting reviews --model STORIES260K --data DATA --output_dir stability
 
+`+ stories` has the lower level on the chosen responses and as many stories (`sft_dataset`), where the capability is one of
+stories.
+
 Every run leaves one JSON file and is not repeated when it is there. Each is measured along the way; methods are compared at
 equal preference accuracy: a plain loss at its last point, Stable PO at the last of its points whose accuracy on held-out pairs is
 within two points of that (or at the nearest, which the table then shows).
@@ -45,6 +48,7 @@ FORMS = {
     "plain": {"penalty_weight": 0.0},
     "penalty w 1": {"penalty_weight": 1.0},
     "penalty w 10": {"penalty_weight": 10.0},
+    "penalty w 10 + stories": {"penalty_weight": 10.0, "replay": True},
     "alternating 1e-4": {"bilevel": "alternating", "inner_step_fraction": 1e-4},
     "alternating 1e-3": {"bilevel": "alternating", "inner_step_fraction": 1e-3},
     "unrolled 1e-3": {"bilevel": "unrolled", "inner_step_fraction": 1e-3},
@@ -81,20 +85,36 @@ def reviews(args: argparse.Namespace) -> dict:
         {"prompt": "Review:", "chosen": f" {good}", "rejected": f" {bad}"}
         for good, bad in zip(texts["1"][:count], texts["0"][:count], strict=True)
     ]
-    sft = [pair["prompt"] + pair[which] for pair in pairs[400:] for which in ("chosen", "rejected")]
-    return story_teller(args, "reviews", pairs, sft, 96)
+    train, held_out = pairs[400:], pairs[:400]
+    sft = [pair["prompt"] + pair[which] for pair in train for which in ("chosen", "rejected")]
+    return story_teller(args, "reviews", train, held_out, sft, 96)
 
 
 def gsm8k(args: argparse.Namespace) -> dict:
     rows = load_dataset(
         "json", data_files=str(next(Path(args.data).glob("gsm8k_correct_vs_wrong_pairs*"))), split="train"
-    ).shuffle(seed=0)
-    pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    sft = [pair["prompt"] + pair["chosen"] for pair in pairs[400:]]
-    return story_teller(args, "gsm8k", pairs, sft, 512)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    short = 320  # of two thirds of the pairs, one answer or both fill the model's context
+
+    def fits(row: dict) -> bool:
+        return all(
+            len(tokenizer(f"{row['prompt']}\n{row[name]}").input_ids) < short for name in ("chosen", "rejected")
+        )
+
+    by_problem = {}  # a problem has several pairs: all of them are trained on or none
+    for row in filter(fits, rows):
+        pair = {"prompt": row["prompt"], "chosen": f"\n{row['chosen']}", "rejected": f"\n{row['rejected']}"}
+        by_problem.setdefault(row["prompt"], []).append(pair)
+    problems = list(by_problem.values())
+    random.Random(0).shuffle(problems)
+    train, held_out = (list(itertools.chain(*some)) for some in (problems[60:], problems[:60]))
+    return story_teller(args, "gsm8k", train, held_out, [pair["prompt"] + pair["chosen"] for pair in train], short)
 
 
-def story_teller(args: argparse.Namespace, name: str, pairs: list[dict], sft: list[str], max_length: int) -> dict:
+def story_teller(
+    args: argparse.Namespace, name: str, train: list[dict], held_out: list[dict], sft: list[str], max_length: int
+) -> dict:
     """The pretrained model after a little fine-tuning on the pairs' domain, with its own stories mixed in."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     stories = [
@@ -140,10 +160,15 @@ def story_teller(args: argparse.Namespace, name: str, pairs: list[dict], sft: li
 
     return {
         "model": str(folder),
-        "train": Dataset.from_list(pairs[400:]),
-        "eval": Dataset.from_list(pairs[:400]),
+        "train": Dataset.from_list(train),
+        "eval": Dataset.from_list(held_out),
         "capability": capability,
         "max_length": max_length,
+        # Of the stories, none that the capability is measured on
+        "replay": Dataset.from_list(
+            [{"text": pair["prompt"] + pair["chosen"]} for pair in train]
+            + [{"text": text} for text in itertools.islice(itertools.cycle(stories[:500]), len(train))]
+        ).shuffle(seed=0),
     }
 
 
@@ -163,6 +188,8 @@ def run(job: dict) -> dict:
     points = {}
 
     with tempfile.TemporaryDirectory() as scratch:
+        form = dict(job["form"])
+        replay = form.pop("replay", False)
         config = StablePOConfig(
             output_dir=scratch,
             upper_loss=job["loss"],
@@ -184,7 +211,8 @@ def run(job: dict) -> dict:
             beta=args.beta,
             # The change against the start, whatever the loss reads
             precompute_ref_log_probs=True,
-            **job["form"],
+            **form,
+            **({"sft_batch_size": 2 * args.batch_size} if replay else {}),
         )
 
         class Measure(TrainerCallback):
@@ -214,6 +242,7 @@ def run(job: dict) -> dict:
                 eval_dataset=setting["eval"],
                 processing_class=AutoTokenizer.from_pretrained(setting["model"]),
                 callbacks=[Measure()],
+                sft_dataset=setting["replay"] if replay else None,
             )
             points[0] = measure()
             start = time.perf_counter()
@@ -284,7 +313,9 @@ def draw(by_config: dict, folder: Path, setting: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = dict(zip(FORMS, ("#000000", "#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#009E73"), strict=True))
+    colors = dict(
+        zip(FORMS, ("#000000", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#009E73"), strict=True)
+    )
     quantities = {
         "chosen": "change of the chosen log-prob (nats)",
         "accuracy": "held-out accuracy",
@@ -346,6 +377,8 @@ def main() -> None:
         SETTINGS[args.setting](args)  # what all runs share is made once
         jobs = []
         for seed, loss, name in itertools.product(args.seeds, args.losses, args.forms):
+            if FORMS[name].get("replay") and args.setting == "arithmetic":
+                continue
             path = folder / f"{args.setting},{loss},{name.replace(' ', '')},seed={seed}.json"
             if not path.exists():
                 job = {
