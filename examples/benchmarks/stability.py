@@ -235,8 +235,13 @@ def run(job: dict) -> dict:
             }
 
         with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+            policy, reference = (
+                AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32) for _ in range(2)
+            )
             trainer = StablePOTrainer(
-                AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32),
+                policy,
+                # That of the stories is not precomputed
+                ref_model=reference if replay else None,
                 args=config,
                 train_dataset=setting["train"],
                 eval_dataset=setting["eval"],

@@ -7,12 +7,12 @@ import re
 import pytest
 
 from trl_spo.cli import demo
-from trl_spo.sandbox import stories
+from trl_spo.sandbox import arithmetic, stories
 
 
 @pytest.fixture
 def tiny_demo(tmp_path, monkeypatch):
-    """The demo on a model that takes no time to pretrain and writes nonsense."""
+    """The demo on models that take no time to pretrain and write nonsense."""
     monkeypatch.setenv("TRL_SPO_CACHE", str(tmp_path / "cache"))
     config = stories.StoriesConfig(
         hidden_size=16,
@@ -26,6 +26,11 @@ def tiny_demo(tmp_path, monkeypatch):
     )
     world = stories.StoriesWorld
     monkeypatch.setattr("trl_spo.sandbox.StoriesWorld", lambda progress: world(config, progress))
+    sums_config = arithmetic.ArithmeticConfig(
+        hidden_size=16, num_layers=1, num_heads=2, pretrain_steps=10, num_train_pairs=200, num_eval_sums=20
+    )
+    sums = arithmetic.ArithmeticWorld
+    monkeypatch.setattr("trl_spo.sandbox.ArithmeticWorld", lambda progress: sums(sums_config, progress))
     monkeypatch.setattr(
         demo, "_be_quiet", lambda: None
     )  # what it silences would stay silent for the tests after this one
@@ -42,10 +47,17 @@ def tiny_demo(tmp_path, monkeypatch):
 def test_demo(tiny_demo, tmp_path, capsys):
     assert tiny_demo("--steps", "5") == 0
     output = capsys.readouterr().out
-    for name in ("pretrained", *demo._methods()):
-        row = next(line for line in output.splitlines() if line.strip().startswith(name))
-        assert len(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", row)) == 4, row
-        assert "nan" not in row
+    parts = re.split(r"^\d\. What came out$", output, flags=re.MULTILINE)[1:]
+    for part, methods, numbers, percents in (
+        (parts[0], demo._stories_methods(12), 4, 1),
+        (parts[1], demo._sums_methods(), 1, 3),
+    ):
+        for name in methods:
+            row = next(line for line in part.splitlines() if line.strip().startswith(name))
+            assert len(re.findall(r"-?\d+\.\d+ ± \d+\.\d+", row)) == numbers, row
+            assert len(re.findall(r"\d+ ± \d+ %", row)) == percents, row
+            assert "nan" not in row
+        assert any(line.strip().startswith("pretrained") for line in part.splitlines())
     for file in ("reward_kl.png", "reward_entropy.png"):
         assert (tmp_path / "out" / file).read_bytes().startswith(b"\x89PNG")
 

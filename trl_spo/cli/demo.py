@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`trl-spo demo`: what Soft PO does, and how it compares with TRL's DPO, in a few minutes on a CPU and without a download.
+`trl-spo demo`: what Soft PO and Stable PO do, and how they compare with TRL's DPO, in a few minutes on a CPU and without a
+download.
 
 A tiny Llama is pretrained on stories of a template grammar whose true reward is known, it writes pairs of stories which that
-reward labels, and it is aligned on them by three trainers, with the same data, seed, learning rate and number of steps. Since
-the reward is known, what each policy is worth is measured and not judged. The numbers are whatever comes out.
+reward labels, and it is aligned on them by several trainers, with the same data, seed, learning rate and number of steps. Since
+the reward is known, what each policy is worth is measured and not judged. Another tiny Llama learns to add, and is then trained
+on pairs of a right and a wrong worked sum: how many sums it still gets right is what a preference loss may cost. The numbers
+are whatever comes out.
 
     trl-spo demo --output_dir demo_output
 """
@@ -24,13 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from trl_spo.sandbox import Estimate, StoriesWorld
+    from trl_spo.sandbox import ArithmeticWorld, Estimate, StoriesWorld
 
 
-LEARNING_RATE = 4e-4  # of 2e-4, 4e-4, 8e-4 and 1e-3, the best for DPO
+STORIES_LEARNING_RATE = 4e-4  # of 2e-4, 4e-4, 8e-4 and 1e-3, the best for DPO
+SUMS_LEARNING_RATE = 5e-4
 POINTS = 5  # measurements along each training, besides the one before it
 
 
@@ -53,46 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from trl_spo.sandbox import StoriesWorld, cache_dir, reward, sample
-
     torch.set_num_threads(1)  # with matrices this small, a second thread only gets in the way
     args.output_dir.mkdir(parents=True, exist_ok=True)
-
-    world = StoriesWorld(progress=True)
-    print(f"1. The world: a story grammar with a known reward (kept in {cache_dir()})")
-    reference = world.model()
-    train_pairs, eval_pairs = world.pairs("train"), world.pairs("eval")
-    print(
-        f"   a Llama of {reference.num_parameters() / 1e6:.2f}M parameters; {len(train_pairs)} preference pairs of its own "
-        f"stories to train on, {len(eval_pairs)} held out"
-    )
-
-    samples = sample(reference, world.tokenizer, world.eval_prompts, seed=args.seed + 1000)
-    baseline = [reward(story) for story in samples.stories]
-    print(f"   for example ({baseline[0]:+.1f}): {samples.stories[0]}")
-
-    print(
-        f"2. {len(_methods())} trainings: {args.steps} steps of 16 pairs, learning rate {LEARNING_RATE:g}, seed {args.seed}"
-    )
-    before = _measure(reference, reference, world, eval_pairs, baseline, args.seed)
-    rows, curves = {"pretrained": before}, {}
-    for name, options in _methods().items():
-        rows[name], curves[name] = _train(name, options, world, train_pairs, eval_pairs, baseline, before, args)
-
-    print("3. What came out")
-    _print_table(rows, len(world.eval_prompts))
-    _draw(curves, args.output_dir)
+    _stories(args)
+    _sums(args)
     print(f"   {time.perf_counter() - start:.0f} seconds in all")
     return 0
-
-
-def _methods() -> dict[str, dict[str, Any]]:
-    """Name -> options of SoftPOConfig; of DPOConfig where it begins with "DPO"."""
-    return {
-        "DPO (β 0.1)": {"beta": 0.1},
-        "SoftPO (the defaults)": {},
-        "SoftPO (the paper's form)": {"calibration": "none"},
-    }
 
 
 def _be_quiet() -> None:
@@ -106,27 +78,112 @@ def _be_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+# -- the two parts
+
+
+def _stories(args: argparse.Namespace) -> None:
+    from trl_spo.sandbox import StoriesWorld, cache_dir, reward, sample
+
+    world = StoriesWorld(progress=True)
+    print(f"1. Stories: a grammar with a known reward (kept in {cache_dir()})")
+    reference = world.model()
+    train_pairs, eval_pairs = world.pairs("train"), world.pairs("eval")
+    print(
+        f"   a Llama of {reference.num_parameters() / 1e6:.2f}M parameters; {len(train_pairs)} preference pairs of its own "
+        f"stories to train on, {len(eval_pairs)} held out"
+    )
+    samples = sample(reference, world.tokenizer, world.eval_prompts, seed=args.seed + 1000)
+    baseline = [reward(story) for story in samples.stories]
+    print(f"   for example ({baseline[0]:+.1f}): {samples.stories[0]}")
+
+    def measure(model: PreTrainedModel) -> dict[str, Estimate]:
+        return _measure_stories(model, reference, world, eval_pairs, baseline, args.seed)
+
+    methods = _stories_methods(world.config.max_tokens)
+    print(
+        f"   {len(methods)} trainings: {args.steps} steps of 16 pairs, learning rate {STORIES_LEARNING_RATE:g}, seed {args.seed}"
+    )
+    rows, curves = {"pretrained": measure(reference)}, {}
+    for name, (method, options) in methods.items():
+        options = options | {"learning_rate": STORIES_LEARNING_RATE}
+        rows[name], curves[name] = _train(
+            name, method, options, world, train_pairs, measure, "true reward", rows["pretrained"], args
+        )
+    print("2. What came out")
+    _print_stories(rows, len(world.eval_prompts))
+    _draw(curves, args.output_dir)
+
+
+def _sums(args: argparse.Namespace) -> None:
+    from trl_spo.sandbox import ArithmeticWorld
+
+    world = ArithmeticWorld(progress=True)
+    print("3. Sums: what a preference loss may cost")
+    reference = world.model()
+    train_pairs, eval_pairs = world.pairs("train"), world.pairs("eval")
+    print(
+        f"   a Llama of {reference.num_parameters() / 1e6:.2f}M parameters that has learned to add; {len(train_pairs)} pairs of a "
+        "right and a wrong worked sum to train on"
+    )
+    print("   for example: {prompt}{chosen} is preferred to {prompt}{rejected}".format(**eval_pairs[0]))
+
+    def measure(model: PreTrainedModel) -> dict[str, Estimate]:
+        return _measure_sums(model, reference, world, eval_pairs)
+
+    methods = _sums_methods()
+    print(
+        f"   {len(methods)} trainings: {args.steps} steps of 16 pairs, learning rate {SUMS_LEARNING_RATE:g}, seed {args.seed}"
+    )
+    rows = {"pretrained": measure(reference)}
+    for name, (method, options) in methods.items():
+        options = options | {"learning_rate": SUMS_LEARNING_RATE}
+        rows[name], _ = _train(
+            name, method, options, world, train_pairs, measure, "sums right", rows["pretrained"], args
+        )
+    print("4. What came out")
+    _print_sums(rows, len(world.eval_sums))
+
+
+def _stories_methods(max_tokens: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> prefix of the trainer's and the configuration's class, options."""
+    return {
+        "DPO (β 0.1)": ("DPO", {"beta": 0.1}),
+        "SoftPO (the defaults)": ("SoftPO", {"max_completion_length": max_tokens}),
+        "SoftPO (the paper's form)": ("SoftPO", {"max_completion_length": max_tokens, "calibration": "none"}),
+        "StablePO (the defaults)": ("StablePO", {}),
+    }
+
+
+def _sums_methods() -> dict[str, tuple[str, dict[str, Any]]]:
+    return {
+        "DPO (β 0.1)": ("DPO", {"beta": 0.1}),
+        "StablePO of DPO": ("StablePO", {}),
+        "SimPO (β 2, γ 1)": ("StablePO", {"upper_loss": "simpo", "penalty_weight": 0.0}),
+        "StablePO of SimPO": ("StablePO", {"upper_loss": "simpo"}),
+    }
+
+
 # -- training and measuring
 
 
 def _train(
     name: str,
+    method: str,
     options: dict[str, Any],
-    world: StoriesWorld,
+    world: StoriesWorld | ArithmeticWorld,
     train_pairs: Dataset,
-    eval_pairs: Dataset,
-    baseline: list[float],
+    measure: Callable[[PreTrainedModel], dict[str, Estimate]],
+    shown: str,
     before: dict[str, Estimate],
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any], list[dict[str, Estimate]]]:
-    """Train one policy; returns what it is worth at the end, and along the way."""
+    """Train one policy; returns what it is worth at the end, and along the way. `shown` is the measurement beside the bar."""
+    import trl
     from tqdm.auto import tqdm
     from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
 
-    from trl_spo import SoftPOConfig, SoftPOTrainer
+    import trl_spo
 
-    reference, seed = world.model(), args.seed
     curve = [before]
 
     class Progress(TrainerCallback):
@@ -140,34 +197,33 @@ def _train(
             self.seconds += time.perf_counter() - self.since
             self.bar.update()
             if state.global_step in [i * state.max_steps // POINTS for i in range(1, POINTS)]:
-                curve.append(_measure(model, reference, world, eval_pairs, baseline, seed))
-                self.bar.set_postfix_str(f"true reward {curve[-1]['reward'].mean:+.2f}")
+                self.measure(model)
             self.since = time.perf_counter()
 
+        def measure(self, model):
+            curve.append(measure(model))
+            self.bar.set_postfix_str(f"{shown} {curve[-1][shown].mean:.2f}")
+
     progress = Progress()
+    package = trl if method == "DPO" else trl_spo
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "output_dir": folder,
-            "max_steps": args.steps,
-            "learning_rate": LEARNING_RATE,
-            "warmup_steps": args.steps // 10,
-            "per_device_train_batch_size": 16,
-            "seed": seed,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        if name.startswith("DPO"):
-            trainer_class, config = DPOTrainer, DPOConfig(**common, **options)
-        else:
-            config = SoftPOConfig(**common, max_completion_length=world.config.max_tokens, **options)
-            trainer_class = SoftPOTrainer
-        trainer = trainer_class(
+        config = getattr(package, f"{method}Config")(
+            output_dir=folder,
+            max_steps=args.steps,
+            warmup_steps=args.steps // 10,
+            per_device_train_batch_size=16,
+            seed=args.seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = getattr(package, f"{method}Trainer")(
             world.model(),
             args=config,
             train_dataset=train_pairs,
@@ -176,14 +232,12 @@ def _train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    row = _measure(trainer.model, reference, world, eval_pairs, baseline, seed)
-    progress.bar.set_postfix_str(f"true reward {row['reward'].mean:+.2f}")
+    progress.measure(trainer.model)
     progress.bar.close()
-    curve.append(row)
-    return {**row, "seconds": progress.seconds}, curve
+    return {**curve[-1], "seconds": progress.seconds}, curve
 
 
-def _measure(
+def _measure_stories(
     model: PreTrainedModel,
     reference: PreTrainedModel,
     world: StoriesWorld,
@@ -200,7 +254,7 @@ def _measure(
     texts = world.tokenizer, eval_pairs["prompt"], eval_pairs["chosen"]
     change = sequence_log_probs(model, *texts) - sequence_log_probs(reference, *texts)
     return {
-        "reward": Estimate.of(rewards),
+        "true reward": Estimate.of(rewards),
         "win_rate": win_rate(rewards, baseline),
         "kl": Estimate.of(kl),
         "entropy": Estimate.of(entropy),
@@ -209,23 +263,58 @@ def _measure(
     }
 
 
+def _measure_sums(
+    model: PreTrainedModel, reference: PreTrainedModel, world: ArithmeticWorld, eval_pairs: Dataset
+) -> dict[str, Any]:
+    from trl_spo.sandbox import Estimate, sequence_log_probs
+
+    changes = {}
+    for which in ("chosen", "rejected"):
+        texts = world.tokenizer, eval_pairs["prompt"], eval_pairs[which]
+        changes[which] = sequence_log_probs(model, *texts) - sequence_log_probs(reference, *texts)
+    right = world.accuracy(model)
+    return {
+        "sums right": Estimate(right, (right * (1 - right) / len(world.eval_sums)) ** 0.5),
+        "accuracy": Estimate.of((changes["chosen"] > changes["rejected"]).float()),
+        "chosen": Estimate.of(changes["chosen"]),
+        "displaced": Estimate.of((changes["chosen"] < 0).float()),
+    }
+
+
 # -- showing
 
 
-def _print_table(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
-    header = ["true reward", "win rate", "KL", "entropy", "distinct-3", "chosen", "seconds"]
-    print(f"   {'':26}" + "".join(f"{title:>15}" for title in header))
+def _print_table(rows: dict[str, dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> None:
+    print(f"   {'':26}" + "".join(f"{title:>15}" for title in columns))
     for name, row in rows.items():
-        cells = [
-            f"{row['reward'].mean:.2f} ± {row['reward'].error:.2f}",
-            f"{100 * row['win_rate'].mean:.0f} ± {100 * row['win_rate'].error:.0f} %",
-            f"{row['kl'].mean:.2f} ± {row['kl'].error:.2f}",
-            f"{row['entropy'].mean:.1f} ± {row['entropy'].error:.1f}",
-            f"{row['distinct']:.3f}",
-            f"{row['chosen'].mean:+.2f} ± {row['chosen'].error:.2f}",
-            f"{row['seconds']:.0f}" if "seconds" in row else "",
-        ]
-        print(f"   {name:26}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"   {name:26}" + "".join(f"{cell(row):>15}" for cell in columns.values()))
+
+
+def _number(name: str, digits: int, sign: str = "") -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[name].mean:{sign}.{digits}f} ± {row[name].error:.{digits}f}"
+
+
+def _percent(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{100 * row[name].mean:.0f} ± {100 * row[name].error:.0f} %"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['seconds']:.0f}" if "seconds" in row else ""
+
+
+def _print_stories(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
+    _print_table(
+        rows,
+        {
+            "true reward": _number("true reward", 2),
+            "win rate": _percent("win_rate"),
+            "KL": _number("kl", 2),
+            "entropy": _number("entropy", 1),
+            "distinct-3": lambda row: f"{row['distinct']:.3f}",
+            "chosen": _number("chosen", 2, "+"),
+            "seconds": _seconds,
+        },
+    )
     print(
         f"""
    Measured on one sample for each of {num_prompts} held-out prompts (mean ± standard error over the prompts; one training each,
@@ -234,6 +323,25 @@ def _print_table(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
    both in nats a story, summed over the tokens, at each the exact value over the vocabulary. distinct-3: share of different
    trigrams among all. chosen: change of the log-probability of the chosen stories of held-out pairs, in nats. seconds: of
    training, the measurements left out."""
+    )
+
+
+def _print_sums(rows: dict[str, dict[str, Any]], num_sums: int) -> None:
+    _print_table(
+        rows,
+        {
+            "sums right": _percent("sums right"),
+            "accuracy": lambda row: _percent("accuracy")(row) if "seconds" in row else "",
+            "chosen": _number("chosen", 2, "+"),
+            "displaced": _percent("displaced"),
+            "seconds": _seconds,
+        },
+    )
+    print(
+        f"""
+   Measured on {num_sums} held-out sums (± standard error; one training each). sums right: that the model's greedy answer gets
+   right. accuracy: share of the pairs whose right answer gained more log-probability than the wrong one. chosen: change of the
+   log-probability of the right answers, in nats. displaced: share of them that became less probable."""
     )
 
 
@@ -262,9 +370,9 @@ def _draw(curves: dict[str, list[dict[str, Estimate]]], output_dir: Path) -> Non
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
         # Colours that the colour-blind tell apart too, and markers for print in black and white
         for (name, curve), color, marker in zip(
-            curves.items(), ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^"), strict=True
+            curves.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("o", "s", "^", "D"), strict=True
         ):
-            x, y = [point[quantity] for point in curve], [point["reward"] for point in curve]
+            x, y = [point[quantity] for point in curve], [point["true reward"] for point in curve]
             axes.errorbar(
                 [e.mean for e in x],
                 [e.mean for e in y],
@@ -280,7 +388,7 @@ def _draw(curves: dict[str, list[dict[str, Estimate]]], output_dir: Path) -> Non
         first = next(iter(curves.values()))[0]
         axes.plot(
             first[quantity].mean,
-            first["reward"].mean,
+            first["true reward"].mean,
             "*",
             color="black",
             markersize=14,
