@@ -1,9 +1,9 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the resume tests run: `resume_script.py WORLD OUT KILL_AT`.
+What the resume tests run: `resume_script.py WORLD OUT KILL_AT KIND`, in one process or several.
 
-Trains ten steps with a checkpoint every second one. With KILL_AT >= 0 the process kills itself, as a machine that goes
+Trains ten steps with a checkpoint every second one. With KILL_AT >= 0 the last process kills itself, as a machine that goes
 away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if there is one.
 """
 
@@ -17,36 +17,57 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_spo import SoftPOConfig, SoftPOTrainer
+from trl_spo import SoftPOConfig, SoftPOTrainer, StablePOConfig, StablePOTrainer
 
 
-def main(world: Path, out: Path, kill_at: int, lora: bool) -> None:
-    args = SoftPOConfig(
+SOFT_PO = {
+    "beta": 0.5,
+    "resample_steps": 3,  # so that checkpoints fall on buffers of every age
+    "online_samples_per_step": 4,
+    "online_buffer_size": 12,
+    "importance_sampling_cap": 2.0,
+    "max_completion_length": 8,
+}
+KINDS = {
+    "full": SOFT_PO,
+    "lora": SOFT_PO,
+    "penalty_sft": {"upper_loss": "apo_down", "penalty_weight": 5.0},
+    "alternating": {"bilevel": "alternating", "inner_learning_rate": 0.05, "inner_steps": 2},
+    "unrolled": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
+    "unrolled_lora": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
+}
+
+
+def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
+    lora, deepspeed = "lora" in kind, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    config, trainer_class = (
+        (SoftPOConfig, SoftPOTrainer) if KINDS[kind] is SOFT_PO else (StablePOConfig, StablePOTrainer)
+    )
+    args = config(
         output_dir=str(out),
         max_steps=10,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-2 if lora else 1e-3,
-        beta=0.5,
-        resample_steps=3,  # so that checkpoints fall on buffers of every age
-        online_samples_per_step=4,
-        online_buffer_size=12,
-        importance_sampling_cap=2.0,
-        max_completion_length=8,
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
+        ddp_backend="gloo" if deepspeed else None,  # without it DeepSpeed looks for one that this machine lacks
         report_to="none",
         save_steps=2,
         logging_steps=1,
+        **KINDS[kind],
     )
-    trainer = SoftPOTrainer(
+    dataset = load_from_disk(str(world / "dataset"))
+    sft = {"sft_dataset": dataset.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")}
+    trainer = trainer_class(
         model=str(world / "model"),
         args=args,
-        train_dataset=load_from_disk(str(world / "dataset")),
+        train_dataset=dataset,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if lora else None,
+        **(sft if "sft" in kind else {}),
     )
-    if kill_at >= 0:
+    if kill_at >= 0 and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
         step = trainer.training_step
 
         def training_step(*args, **kwargs):
@@ -62,4 +83,4 @@ def main(world: Path, out: Path, kill_at: int, lora: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), "lora" in sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

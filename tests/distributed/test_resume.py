@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "resume_script.py"
 
 
-def run(world: Path, out: Path, kill_at: int = -1, *options: str) -> int:
+def run(world: Path, out: Path, kill_at: int, kind: str) -> int:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), str(kill_at), *options]
+    command = [sys.executable, str(SCRIPT), str(world), str(out), str(kill_at), kind]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr[-5000:]
     return result.returncode
@@ -30,13 +30,22 @@ def run(world: Path, out: Path, kill_at: int = -1, *options: str) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory) -> dict[str, Path]:
     outs = {}
-    for kind in ("full", "lora"):
+    for kind in ("full", "lora", "alternating", "unrolled_lora"):
         outs[kind] = tmp_path_factory.mktemp(kind)
         assert run(world, outs[kind], -1, kind) == 0
     return outs
 
 
-@pytest.mark.parametrize(("kind", "kill_at"), [("full", 3), ("full", 7), ("full", 8), ("lora", 5)])
+def assert_same_weights(one: Path, other: Path) -> None:
+    name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
+    expected, found = load_file(one / name), load_file(other / name)
+    assert expected and expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kill_at"), [("full", 3), ("full", 7), ("full", 8), ("lora", 5), ("alternating", 5), ("unrolled_lora", 6)]
+)
 def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
     out = tmp_path / "run"
     assert run(world, out, kill_at, kind) == -signal.SIGKILL
@@ -44,10 +53,9 @@ def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
     assert (out / f"checkpoint-{last}").is_dir() and not (out / "final").exists()
     assert run(world, out, -1, kind) == 0
 
-    name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
-    expected, found = (load_file(folder / "final" / name) for folder in (uninterrupted[kind], out))
-    assert expected and expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert_same_weights(uninterrupted[kind] / "final", out / "final")
+    if kind not in ("full", "lora"):
+        return
     # The samples at the end are the same too, and as old
     states = [
         json.loads((folder / "checkpoint-10" / "online_samples_0.json").read_text())
@@ -56,12 +64,27 @@ def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
     assert states[0] == states[1] and states[0]["step"] == 9 and states[0]["round"] == 4
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("ddp", "unrolled_lora"), ("zero2", "unrolled"), ("zero3", "alternating"), ("zero3", "penalty_sft")],
+)
+def test_kill_and_resume_in_two_processes(world, launch, tmp_path, backend, kind):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    launch(backend, SCRIPT, str(world), str(whole), "-1", kind)
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        launch(backend, SCRIPT, str(world), str(out), "5", kind)
+    assert (out / "checkpoint-4").is_dir() and not (out / "checkpoint-6").exists()
+    launch(backend, SCRIPT, str(world), str(out), "-1", kind)
+    assert_same_weights(whole / "final", out / "final")
+
+
 def test_without_the_samples_it_says_so(world, tmp_path):
     out = tmp_path / "run"
-    assert run(world, out, 5) == -signal.SIGKILL
+    assert run(world, out, 5, "full") == -signal.SIGKILL
     (out / "checkpoint-4" / "online_samples_0.json").unlink()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), "-1"]
+    command = [sys.executable, str(SCRIPT), str(world), str(out), "-1", "full"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-5000:]
     assert "new ones are drawn" in result.stderr

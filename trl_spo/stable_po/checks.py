@@ -98,7 +98,7 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
             reason = f"`{precision}=True`" if precision else f"weights in {', '.join(sorted(low))}"
             raise ValueError(
                 f"{form} takes the difference of two gradients that are very near each other, and {reason} leaves only rounding "
-                "errors of it. Train in float32, or use `hypergradient='first_order'` or 'exact'."
+                "errors of it. Train in float32, or use `hypergradient='first_order'`."
             )
         return
     if getattr(model, "use_kernels", False):

@@ -207,14 +207,22 @@ class InnerStep:
             with self._gathered(parameter):
                 parameter.copy_(master)
 
-    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager:
+    @contextmanager
+    def _gathered(self, parameter: nn.Parameter) -> Iterator[None]:
         """The whole parameter for the block, to read and to write."""
         if self.zero_stage != 3:
-            return nullcontext()
+            yield
+            return
         import deepspeed
 
+        was_gathered = parameter.ds_status.name == "AVAILABLE"
         parameter.ds_active_sub_modules.clear()  # else it would not be partitioned again
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            yield
+        if (
+            was_gathered
+        ):  # a small one: ZeRO keeps it whole, and the order in which it fetches the others counts on that
+            parameter.all_gather()
 
     # The way back
 
@@ -245,6 +253,7 @@ class InnerStep:
                 # A small parameter stays gathered, and would be read as it is
                 if parameter.ds_status.name == "AVAILABLE":
                     parameter.partition()
+                    parameter.all_gather()
             else:
                 parameter.copy_(saved)
         self._saved = None

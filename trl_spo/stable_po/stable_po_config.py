@@ -98,7 +98,7 @@ class StablePOConfig(DPOConfig):
             `w [L_SFT(θ) - L_SFT(anchor) - ε]_+` to the loss), `"alternating"` (`inner_steps` SFT steps before each step of the
             optimizer) or `"unrolled"` (minimises the upper loss *after* `inner_steps` SFT steps, which are taken back; for
             comparison).
-        penalty_weight (`float`, *optional*, defaults to `1.0`):
+        penalty_weight (`float`, *optional*, defaults to `10.0`):
             w >= 0.
         penalty_slack (`float`, *optional*, defaults to `0.0`):
             ε >= 0, in nats per token.
@@ -155,7 +155,7 @@ class StablePOConfig(DPOConfig):
             "choices": ["penalty", "alternating", "unrolled"],
         },
     )
-    penalty_weight: float = field(default=1.0, metadata={"help": "Weight w >= 0 of the penalty."})
+    penalty_weight: float = field(default=10.0, metadata={"help": "Weight w >= 0 of the penalty."})
     penalty_slack: float = field(default=0.0, metadata={"help": "Slack ε >= 0 of the penalty, in nats per token."})
     penalty_anchor: str = field(
         default="reference",
