@@ -31,11 +31,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=33,  # odd, so that ZeRO-3 has to pad the layer norms' weights
+        head_dim=8,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=1,

@@ -24,6 +24,7 @@ SCENARIOS = {
     "penalty_accumulation": {**PENALTY, "gradient_accumulation_steps": 4},
     "penalty_lora": {**PENALTY, "learning_rate": 1e-2},
     "alternating": ALTERNATING,
+    "alternating_inner": {**ALTERNATING, "learning_rate": 1e-6},
     "alternating_accumulation": {**ALTERNATING, "gradient_accumulation_steps": 4, "inner_steps": 2},
     "alternating_lora": {**ALTERNATING, "learning_rate": 1e-2, "gradient_checkpointing": True},
     "unrolled": UNROLLED,
@@ -36,6 +37,7 @@ SCENARIOS = {
     "simpo": {**PENALTY, "upper_loss": ["simpo"], "penalty_anchor": "lower_level", "inner_learning_rate": 0.05},
     "alphadpo": {**PENALTY, "upper_loss": ["alphadpo"]},
 }
+BF16 = {"alternating_bf16": {**ALTERNATING, "learning_rate": 1e-6, "bf16": True}}
 GLOBAL_BATCH = 16
 
 
@@ -48,7 +50,8 @@ def run(world: Path, out: Path, scenario: str) -> None:
         "lr_scheduler_type": "constant",
         "beta": 0.5,
         "gradient_checkpointing": False,
-        **SCENARIOS[scenario],
+        "bf16": False,
+        **(SCENARIOS | BF16)[scenario],
     }
     accumulation = options.get("gradient_accumulation_steps", 1)
     if "sft_batch_size" in options:
@@ -61,7 +64,6 @@ def run(world: Path, out: Path, scenario: str) -> None:
         report_to="none",
         use_cpu=True,
         ddp_backend="gloo" if deepspeed else None,  # without it DeepSpeed looks for one that this machine lacks
-        bf16=False,
         **options,
     )
     dataset = load_from_disk(str(world / "dataset"))
@@ -90,6 +92,6 @@ def run(world: Path, out: Path, scenario: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[3:] or SCENARIOS:
+    for name in sys.argv[3:]:
         run(Path(sys.argv[1]), Path(sys.argv[2]), name)
     PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits

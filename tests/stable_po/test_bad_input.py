@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each mistake gives one clear error, at construction, that names the option, its value and the way out."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 
 from trl_spo import StablePOConfig, StablePOTrainer
+from trl_spo.stable_po.checks import check_inner_steps
 
 
 BASE = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 1}
@@ -182,3 +186,25 @@ def test_identical_responses(construct, pairs):
     same = pairs.remove_columns("rejected").add_column("rejected", pairs["chosen"])
     with pytest.raises(ValueError, match="identical in every row of the train dataset"):
         construct({"train_dataset": same})
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"zero_hpz_partition_size": 4}, r"`zero_hpz_partition_size: 4` in the DeepSpeed config.*a second place"),
+        ({"mics_shard_size": 4}, r"`mics_shard_size: 4` in the DeepSpeed config"),
+        ({"zero_quantized_weights": True}, r"`zero_quantized_weights: True` in the DeepSpeed config"),
+        ({"offload_param": {"device": "nvme"}}, r"the parameters offloaded to NVMe. Offload them to the CPU"),
+        ({"stage3_gather_16bit_weights_on_model_save": False}, r"needs `zero3_save_16bit_model: true`"),
+        ({"offload_param": {"device": "cpu"}}, None),
+    ],
+)
+def test_deepspeed_configs_that_keep_weights_elsewhere(construct, zero, message):
+    from accelerate import DeepSpeedPlugin
+
+    trainer = construct(bilevel="unrolled")
+    config = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **zero}}
+    state = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", state=state, parallelism_config=None)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_inner_steps(trainer.model, trainer.args, accelerator, is_vlm=False)

@@ -76,8 +76,24 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
                 f"{form} is not supported with `optim={getattr(args.optim, 'value', args.optim)!r}`, which writes the weights "
                 f"outside of its own step. Use another optimizer. {way_out}"
             )
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    if plugin is not None and plugin.zero_stage == 3:
+        zero = plugin.deepspeed_config["zero_optimization"]
+        for name, plain in (
+            ("zero_hpz_partition_size", 1),
+            ("mics_shard_size", -1),
+            ("zero_quantized_weights", False),
+        ):
+            if zero.get(name, plain) not in ("auto", plain):
+                raise ValueError(
+                    f"{form} is not supported with `{name}: {zero[name]}` in the DeepSpeed config: it keeps the weights in a second "
+                    f"place, which an inner step would not reach. Leave it out. {way_out}"
+                )
+        if (zero.get("offload_param") or {}).get("device") == "nvme":
+            raise ValueError(
+                f"{form} is not supported with the parameters offloaded to NVMe. Offload them to the CPU. {way_out}"
+            )
     if args.bilevel == "unrolled" and args.deploy_inner_steps > 0:
-        plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
         if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
             raise ValueError(
                 f"{form} under ZeRO-3 needs `zero3_save_16bit_model: true` in the accelerate config: without it the master "

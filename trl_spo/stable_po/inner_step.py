@@ -160,37 +160,63 @@ class InnerStep:
         torch._foreach_div_(ahead, 2 * epsilon)
         return ahead
 
+    # What this process holds: the parameters, or under ZeRO-3 its own share of each
+
+    def _own(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What this process holds of a parameter, to read and to write; [`~InnerStep._wrote`] comes after writing."""
+        if self.zero_stage != 3:
+            return parameter.data
+        return parameter.ds_tensor.view(-1)[: self._share(parameter)[1]]
+
+    def _part(self, parameter: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
+        """That of a whole tensor which belongs to what this process holds of a parameter."""
+        if self.zero_stage != 3:
+            return tensor
+        start, length = self._share(parameter)
+        return tensor.flatten()[start : start + length].to(parameter.ds_tensor.device)
+
+    @staticmethod
+    def _share(parameter: nn.Parameter) -> tuple[int, int]:
+        size = parameter.ds_tensor.numel()
+        start = parameter.ds_zero_partition_rank * size
+        return start, max(0, min(size, parameter.ds_numel - start))  # the last processes' shares are padded
+
+    def _wrote(self, parameter: nn.Parameter) -> None:
+        # ZeRO-3 keeps a small parameter whole, and others for a while; the order in which it fetches them counts on that
+        if self.zero_stage == 3 and parameter.ds_status.name == "AVAILABLE":
+            parameter.ds_active_sub_modules.clear()  # else it would not be partitioned again
+            parameter.partition()
+            parameter.all_gather()
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, "sum") if self.zero_stage == 3 else value
+
     # Steps
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
         """Norm of the trained parameters."""
-        if self.zero_stage != 3:
-            return norm(self.parameters)
-        squares, rank = 0.0, self.accelerator.process_index
-        for parameter in self.parameters:
-            share = parameter.ds_tensor.numel()
-            filled = max(0, min(share, parameter.ds_numel - rank * share))  # the last process's share is padded
-            squares = squares + parameter.ds_tensor.flatten()[:filled].float().square().sum()
-        return self.accelerator.reduce(squares, "sum").sqrt()
+        own = norm([self._own(parameter) for parameter in self.parameters])
+        return self._sum(own.to(self.accelerator.device).square()).sqrt()
 
     @torch.no_grad()
     def move(self, direction: Tensors, scale: float) -> None:
         """`θ <- θ + scale · direction`, in the weights that the model computes with."""
         for parameter, tensor in zip(self.parameters, direction, strict=True):
-            with self._gathered(parameter):
-                parameter.add_(tensor.to(parameter.dtype), alpha=scale)
+            self._own(parameter).add_(self._part(parameter, tensor).to(parameter.dtype), alpha=scale)
+            self._wrote(parameter)
 
     @torch.no_grad()
     def share_that_moves(self, direction: Tensors, scale: float) -> float:
         """Share of the elements of low-precision parameters with a direction that [`~InnerStep.move`] would change."""
-        moved = total = 0
+        counts = torch.zeros(2, device=self.accelerator.device)
         for parameter, tensor in zip(self.parameters, direction, strict=True):
             if parameter.dtype.itemsize >= 4:
                 continue
-            with self._gathered(parameter):
-                moved += ((parameter + scale * tensor.to(parameter.dtype)) != parameter).sum().item()
-            total += (tensor != 0).sum().item()
+            own, part = self._own(parameter), self._part(parameter, tensor)
+            moves = own.add(part.to(parameter.dtype), alpha=scale) != own
+            counts += torch.stack([moves.sum(), (part != 0).sum()]).to(counts)
+        moved, total = self._sum(counts).tolist()
         return moved / total if total else 1.0
 
     @torch.no_grad()
@@ -198,31 +224,26 @@ class InnerStep:
         """As [`~InnerStep.move`], and in the master weights too, from which DeepSpeed's next step goes on."""
         if self.zero_stage is None:
             return self.move(direction, scale)
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_local_fp32_param,
+            safe_set_full_fp32_param,
+            safe_set_local_fp32_param,
+        )
 
         for parameter, tensor in zip(self.parameters, direction, strict=True):
-            master = safe_get_full_fp32_param(parameter)
-            master = master.to(tensor.device) + scale * tensor.float().view_as(master)
-            safe_set_full_fp32_param(parameter, master)
-            with self._gathered(parameter):
+            if self.zero_stage == 3:  # not by the functions of the whole parameter, which fail if it is padded
+                part = self._part(parameter, tensor)
+                master = safe_get_local_fp32_param(parameter).clone()
+                master[: part.numel()] += scale * part.to(master)
+                safe_set_local_fp32_param(parameter, master)
+                self._own(parameter).copy_(master[: part.numel()])
+            else:
+                master = safe_get_full_fp32_param(parameter)
+                master = master.to(tensor.device) + scale * tensor.float().view_as(master)
+                safe_set_full_fp32_param(parameter, master)
                 parameter.copy_(master)
-
-    @contextmanager
-    def _gathered(self, parameter: nn.Parameter) -> Iterator[None]:
-        """The whole parameter for the block, to read and to write."""
-        if self.zero_stage != 3:
-            yield
-            return
-        import deepspeed
-
-        was_gathered = parameter.ds_status.name == "AVAILABLE"
-        parameter.ds_active_sub_modules.clear()  # else it would not be partitioned again
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            yield
-        if (
-            was_gathered
-        ):  # a small one: ZeRO keeps it whole, and the order in which it fetches the others counts on that
-            parameter.all_gather()
+            self._wrote(parameter)
 
     # The way back
 
@@ -236,10 +257,7 @@ class InnerStep:
         """Keeps a copy of the weights."""
         if self._saved is not None:
             raise RuntimeError("The weights are saved already; restore them first.")
-        if self.zero_stage == 3:
-            self._saved = [parameter.ds_tensor.detach().clone() for parameter in self.parameters]
-        else:
-            self._saved = [parameter.detach().clone() for parameter in self.parameters]
+        self._saved = [self._own(parameter).clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -247,15 +265,8 @@ class InnerStep:
         if self._saved is None:
             return
         for parameter, saved in zip(self.parameters, self._saved, strict=True):
-            if self.zero_stage == 3:
-                parameter.ds_active_sub_modules.clear()
-                parameter.ds_tensor.copy_(saved)
-                # A small parameter stays gathered, and would be read as it is
-                if parameter.ds_status.name == "AVAILABLE":
-                    parameter.partition()
-                    parameter.all_gather()
-            else:
-                parameter.copy_(saved)
+            self._own(parameter).copy_(saved)
+            self._wrote(parameter)
         self._saved = None
 
     @contextmanager
