@@ -208,7 +208,7 @@ def run(job: dict) -> dict:
             use_cpu=True,
             gradient_checkpointing=False,
             seed=job["seed"],
-            beta=args.beta,
+            **({"beta": args.beta} if job["loss"] != "simpo" else {}),  # which has one of its own
             # The change against the start, whatever the loss reads
             precompute_ref_log_probs=True,
             **form,

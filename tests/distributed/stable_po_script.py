@@ -48,7 +48,7 @@ def run(world: Path, out: Path, scenario: str) -> None:
         "max_steps": 4,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "beta": 0.5,
+        **({} if SCENARIOS.get(scenario, {}).get("upper_loss") in (["simpo"], ["alphadpo"]) else {"beta": 0.5}),
         "gradient_checkpointing": False,
         "bf16": False,
         **(SCENARIOS | BF16)[scenario],

@@ -28,6 +28,8 @@ def make_trainer(model_path, pairs, tmp_path):
             "per_device_train_batch_size": 4,
             "beta": 0.5,
         }
+        if kwargs.get("upper_loss") in ("simpo", "alphadpo"):
+            del defaults["beta"]  # which is refused
         args = StablePOConfig(**{**defaults, **kwargs})
         arguments = {"model": model_path, "train_dataset": pairs, **(trainer_kwargs or {})}
         return StablePOTrainer(args=args, **arguments)

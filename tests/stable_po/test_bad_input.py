@@ -16,6 +16,7 @@ BASE = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpoin
 UNROLLED = {"bilevel": "unrolled"}
 
 BAD_OPTIONS = [
+    ({"upper_loss": "simpo", "beta": 2.0}, r"`beta=2.0` is not read by.*whose β is `simpo_beta`. Set that one"),
     ({"bilevel": "alternating", "inner_learning_rate": 0.0}, r"`inner_learning_rate` must be finite and > 0, got 0.0"),
     (
         {"bilevel": "alternating", "inner_learning_rate": -1.0},
@@ -156,6 +157,16 @@ def test_too_few_rows_to_deploy(construct, pairs, streams):
     with pytest.raises(ValueError, match=r"`deploy_inner_steps=3` takes 24 rows.*the train dataset has 8"):
         # Of a dataset that streams it is known when the rows have been read
         construct({"train_dataset": data}, bilevel="unrolled", deploy_inner_steps=3, logging_steps=1).train()
+
+
+def test_stream_that_may_end_within_a_step(construct, pairs):
+    with pytest.raises(ValueError, match=r"`hypergradient='exact'` with `gradient_accumulation_steps=2`.*streams"):
+        construct(
+            {"train_dataset": pairs.to_iterable_dataset()},
+            **UNROLLED,
+            hypergradient="exact",
+            gradient_accumulation_steps=2,
+        )
 
 
 def test_wrong_args(model_path, pairs, tmp_path):

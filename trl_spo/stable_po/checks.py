@@ -3,7 +3,7 @@
 """What `StablePOTrainer` refuses at construction."""
 
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from .stable_po_config import OWN_LOSSES, StablePOConfig
@@ -55,6 +55,20 @@ def check_deployment(args: StablePOConfig, num_rows: int, world_size: int) -> No
         raise ValueError(
             f"`deploy_inner_steps={args.deploy_inner_steps}` takes {needed} rows, batches like those of the training, and the train "
             f"dataset has {num_rows}. Use fewer steps or smaller batches."
+        )
+
+
+def check_stream(args: StablePOConfig, train_dataset: Dataset | IterableDataset) -> None:
+    """
+    Raises a `ValueError` if the hypergradient could not be that of one optimizer step: a stream may end within it, and its
+    gradient is then added to that of the next.
+    """
+    corrected = args.bilevel == "unrolled" and args.hypergradient != "first_order"
+    if corrected and args.gradient_accumulation_steps > 1 and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`hypergradient={args.hypergradient!r}` with `gradient_accumulation_steps={args.gradient_accumulation_steps}` is not "
+            "supported on a dataset that streams, which may end within a step. Use `gradient_accumulation_steps=1`, a dataset that "
+            "does not stream, or `hypergradient='first_order'`."
         )
 
 

@@ -27,7 +27,6 @@ TRL_LOSSES = (
 )
 OWN_LOSSES = ("cpo", "dpop", "rdpo", "simpo", "alphadpo")
 REFERENCE_FREE = ("sft", "cpo", "simpo")
-
 # Options that only some upper losses read: option -> those losses
 _LOSS_OPTIONS = {
     "cpo_alpha": ("cpo",),
@@ -308,6 +307,11 @@ class StablePOConfig(DPOConfig):
                     f"`{name}={getattr(self, name)!r}` is not read by `upper_loss={self.upper_loss!r}`, only by "
                     f"{list(readers)}. Leave it at its default, or change `upper_loss`."
                 )
+        if not is_default("beta") and set(self.upper_loss) <= {"simpo", "alphadpo"}:
+            raise ValueError(
+                f"`beta={self.beta}` is not read by `upper_loss={self.upper_loss!r}`, whose β is `simpo_beta`. Set that one, and "
+                "leave `beta` at its default."
+            )
         if self.regularizer == "none" and not is_default("regularizer_weight"):
             raise ValueError(
                 f"`regularizer_weight={self.regularizer_weight}` is not read with `regularizer='none'`. Set `regularizer` to "

@@ -28,7 +28,14 @@ from .._compat import get_config_model_id, no_reference_model
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
 from ..preference_checks import check_preferences, columns_of
-from .checks import check_anchor, check_deployment, check_inner_steps, check_lower_level, check_upper_loss
+from .checks import (
+    check_anchor,
+    check_deployment,
+    check_inner_steps,
+    check_lower_level,
+    check_stream,
+    check_upper_loss,
+)
 from .inner_step import InnerStep, inner_product, norm
 from .sft_data import SFTBatches, prepare_sft_dataset
 from .stable_po_config import OWN_LOSSES, REFERENCE_FREE, TRL_LOSSES, StablePOConfig
@@ -140,6 +147,7 @@ class StablePOTrainer(DPOTrainer):
             columns_of(train_dataset, "train")  # raises if it is empty, which TRL does not say
         check_upper_loss(args)
         check_lower_level(args, sft_dataset)
+        check_stream(args, train_dataset)
         if ref_model is not None and not args.reads_reference:
             raise ValueError(
                 f"`ref_model` is given, but nothing reads it with `upper_loss={args.upper_loss!r}`, `bilevel={args.bilevel!r}` and "
