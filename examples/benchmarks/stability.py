@@ -335,6 +335,9 @@ def draw(by_config: dict, folder: Path, setting: str) -> None:
                 if not results:
                     continue
                 steps = sorted(set.intersection(*(set(result["points"]) for result in results)))
+                steps = [
+                    step for step in steps if step > 0 or quantity != "accuracy"
+                ]  # at the start all pairs are ties
                 curves = [[result["points"][step][quantity] for step in steps] for result in results]
                 ax.plot(
                     steps,

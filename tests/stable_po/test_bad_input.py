@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 
 from trl_spo import StablePOConfig, StablePOTrainer
 from trl_spo.stable_po.checks import check_inner_steps
@@ -157,6 +158,28 @@ def test_too_few_rows_to_deploy(construct, pairs, streams):
     with pytest.raises(ValueError, match=r"`deploy_inner_steps=3` takes 24 rows.*the train dataset has 8"):
         # Of a dataset that streams it is known when the rows have been read
         construct({"train_dataset": data}, bilevel="unrolled", deploy_inner_steps=3, logging_steps=1).train()
+
+
+@pytest.mark.parametrize("hypergradient", ["exact", "finite_difference"])
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({}, {"neftune_noise_alpha": 5.0}),
+        ({}, {"model_init_kwargs": {"attention_dropout": 0.1}}),
+        ({"peft_config": LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])}, {"disable_dropout": False}),
+    ],
+)
+def test_hypergradients_of_random_passes(construct, hypergradient, arguments, options):
+    with pytest.raises(
+        ValueError, match=rf"`hypergradient='{hypergradient}'` combines gradients of several forward passes"
+    ):
+        construct(arguments, **UNROLLED, hypergradient=hypergradient, **options)
+    construct(arguments, **UNROLLED, **options)
+
+
+def test_checkpoint_in_the_middle_of_a_step(construct):
+    with pytest.raises(ValueError, match="`enable_jit_checkpoint=True` is not supported with `bilevel='alternating'`"):
+        construct(bilevel="alternating", enable_jit_checkpoint=True)
 
 
 def test_stream_that_may_end_within_a_step(construct, pairs):

@@ -129,10 +129,12 @@ class TestWayBack:
         assert equal(before, weights_of(trainer.model))
         assert not trainer.inner.is_away
 
-    def test_a_file_written_half_way_is_not_half_way(self, make_trainer, weights_of, tmp_path):
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_a_file_written_half_way_is_not_half_way(self, make_trainer, weights_of, tmp_path, steps):
         """`save_model` from a callback between two micro-batches."""
-        trainer = make_trainer(gradient_accumulation_steps=2, max_steps=1, **{**UNROLLED, "deploy_inner_steps": 0})
+        trainer = make_trainer(gradient_accumulation_steps=2, max_steps=1, **UNROLLED, deploy_inner_steps=steps)
         before = weights_of(trainer.model)
+        trainer.save_model(str(tmp_path / "start"))
 
         class Save(TrainerCallback):
             def on_substep_end(self, args, state, control, **kwargs):
@@ -142,23 +144,72 @@ class TestWayBack:
 
         trainer.add_callback(Save())
         trainer.train()
-        saved = load_file(tmp_path / "half" / "model.safetensors")
-        assert equal(saved, before)
+        start, half = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "half"))
+        assert equal(half, start) and equal(half, before) == (steps == 0)
 
 
 class TestDeployment:
     def test_deploying_theta_is_worse(self, make_trainer):
-        """So that nobody "simplifies" it: the solution of the unrolled problem is θ', and θ drifts away."""
-        options = {"max_steps": 60, "learning_rate": 0.3, **UNROLLED, "logging_steps": 60}
-        trainer = make_trainer({"eval_dataset": None}, **options)
-        rows = trainer.train_dataset
-        trainer.train_dataset, trainer.eval_dataset = rows, rows
-        trainer.args.deploy_inner_steps = 0
+        """So that nobody "simplifies" it: the solution of the unrolled problem is θ', and θ drifts away from it."""
+        options = {"max_steps": 60, "learning_rate": 0.3, **UNROLLED, "logging_steps": 60, "deploy_inner_steps": 0}
+        trainer = make_trainer(**options)
+
+        def sft_loss(steps):
+            trainer.args.deploy_inner_steps = steps  # two are all eight pairs
+            return trainer.evaluate(trainer.train_dataset)["eval_stable/sft_loss"]
+
+        untrained = sft_loss(0) - sft_loss(2)
         trainer.train()
-        theta = trainer.evaluate()
-        trainer.args.deploy_inner_steps = 2  # all eight pairs
-        moved = trainer.evaluate()
-        assert moved["eval_stable/sft_loss"] < theta["eval_stable/sft_loss"] - 0.1
+        assert sft_loss(0) - sft_loss(2) > 1.5 * untrained > 0.1
+
+    def test_callbacks_at_the_end_see_what_is_deployed(self, make_trainer, weights_of):
+        seen = {}
+
+        class Upload(TrainerCallback):
+            def on_train_end(self, args, state, control, model, **kwargs):
+                seen.update(weights_of(model))
+
+        trainer = make_trainer({"callbacks": [Upload()]}, **UNROLLED)
+        theta = make_trainer(**UNROLLED, deploy_inner_steps=0)
+        for one in (trainer, theta):
+            one.train()
+        assert equal(seen, weights_of(trainer.model)) and not equal(seen, weights_of(theta.model))
+
+    def test_interrupted_on_the_way(self, make_trainer, weights_of, monkeypatch):
+        """Ctrl-C between the last steps leaves θ, from which the deployment can be taken again."""
+        options = {**UNROLLED, "deploy_inner_steps": 2}
+        whole, theta = make_trainer(**options), make_trainer(**UNROLLED, deploy_inner_steps=0)
+        for one in (whole, theta):
+            one.train()
+        trainer = make_trainer(**options)
+        batches = trainer._deployment_batches
+
+        def interrupted():
+            yield next(batches())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trainer, "_deployment_batches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert equal(weights_of(theta.model), weights_of(trainer.model)) and not trainer.inner.is_away
+        monkeypatch.setattr(trainer, "_deployment_batches", batches)
+        trainer._deploy_for_good()
+        assert equal(weights_of(whole.model), weights_of(trainer.model))
+
+    @pytest.mark.parametrize("hypergradient", ["first_order", "exact"])
+    def test_evaluation_in_the_middle_of_a_step(self, make_trainer, pairs, weights_of, hypergradient):
+        class Evaluate(TrainerCallback):
+            def on_substep_end(self, args, state, control, **kwargs):
+                trainer.evaluate()
+                trainer.model.train()
+
+        options = {**UNROLLED, "gradient_accumulation_steps": 2, "hypergradient": hypergradient}
+        options.pop("inner_learning_rate")  # so that what "auto" came to is not overwritten
+        plain, trainer = (make_trainer({"eval_dataset": pairs}, inner_step_fraction=0.05, **options) for _ in range(2))
+        trainer.add_callback(Evaluate())
+        for one in (plain, trainer):
+            one.train()
+        assert equal(weights_of(plain.model), weights_of(trainer.model))
 
     def test_evaluation_leaves_the_weights(self, make_trainer, pairs, weights_of):
         trainer = make_trainer({"eval_dataset": pairs}, **UNROLLED)
@@ -201,9 +252,11 @@ class TestInnerLearningRate:
         trainer.train()
         assert log_of(trainer, "stable/inner_step_norm") == pytest.approx([3e-3] * 2, rel=1e-4)
 
-    def test_steps_that_are_rounded_away_are_warned_about(self, make_trainer, load_model, model_path, caplog):
-        kwargs = {"model_init_kwargs": {"dtype": "bfloat16"}}
-        make_trainer(bilevel="alternating", inner_step_fraction=1e-6, max_steps=1, **kwargs).train()
+    @pytest.mark.parametrize("form", ["alternating", "unrolled", "lower_level"])
+    def test_steps_that_are_rounded_away_are_warned_about(self, make_trainer, caplog, form):
+        options = {**FORMS[form], "model_init_kwargs": {"dtype": "bfloat16"}, "max_steps": 1}
+        options.pop("inner_learning_rate")
+        make_trainer(inner_step_fraction=1e-6, **options).train()
         assert "The inner step changes only" in caplog.text
 
     def test_no_warning_in_float32(self, make_trainer, caplog):
@@ -227,6 +280,16 @@ class TestMetrics:
             ours = {n for n in trainer.state.log_history[0] if n.startswith(("stable/", "displacement/"))}
             ours |= {n for n in trainer.state.log_history[0] if n.endswith("_change")}
             assert ours == common | expected[form], form
+
+    def test_rewards_without_a_reference_in_the_loss(self, make_trainer, pairs):
+        """The penalty's reference, of the chosen responses only, is none for the rewards."""
+        ours, plain = (
+            make_trainer({"eval_dataset": pairs}, upper_loss="simpo", penalty_weight=weight).evaluate()
+            for weight in (10.0, 0.0)
+        )
+        for name in ("chosen", "rejected", "accuracies", "margins"):
+            assert ours[f"eval_rewards/{name}"] == plain[f"eval_rewards/{name}"]
+        assert "eval_logps/chosen_change" in ours and "eval_logps/chosen_change" not in plain
 
     def test_displacement(self, make_trainer, pairs, token_logps, load_model, model_path):
         trainer = make_trainer({"eval_dataset": pairs}, upper_loss="apo_down", penalty_weight=0.0, learning_rate=0.5)
@@ -270,8 +333,8 @@ def test_model_card(make_trainer, tmp_path):
     card = Path(tmp_path / "output" / "checkpoint-2" / "README.md")
     card = card if card.exists() else tmp_path / "output" / "README.md"
     text = card.read_text()
-    assert "Stable Preference Optimization" in text and "penalty_weight" in text and "stable-po" in text
-    assert "`StablePOTrainer`" in text or "StablePOTrainer" in text
+    for what in ("Stable Preference Optimization", "StablePOTrainer", "penalty_weight", "stable-po", "2507.07723"):
+        assert what in text
 
 
 def test_conversations(make_trainer, conversations):

@@ -4,6 +4,8 @@
 
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .stable_po_config import OWN_LOSSES, StablePOConfig
@@ -84,6 +86,13 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallelism, name, 1) > 1:
             raise ValueError(f"{form} is not supported with `{name}={getattr(parallelism, name)}`. {way_out}")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(f"{form} is not supported on a model whose parameters are sharded already. {way_out}")
+    if args.bilevel == "alternating" and args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` is not supported with `bilevel='alternating'`: it saves in the middle of a step, and a "
+            "resumed run would take the inner step twice. Use `save_strategy='steps'`."
+        )
     for name in ("lomo", "layerwise", "schedule_free"):
         if name in str(getattr(args.optim, "value", args.optim)):
             raise ValueError(
@@ -121,9 +130,15 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
             f"{form} is not supported with DeepSpeed, which keeps the outer gradient to itself. Use "
             "`hypergradient='first_order'`, or run without DeepSpeed."
         )
+    if any(_draws(module) for module in model.modules()) or args.neftune_noise_alpha:
+        raise ValueError(
+            f"{form} combines gradients of several forward passes, which dropout and NEFTune's noise make those of different "
+            "functions. Use `disable_dropout=True`, `attention_dropout=0` in the model's config and no `neftune_noise_alpha`, or "
+            "`hypergradient='first_order'`."
+        )
     if args.hypergradient == "finite_difference":
         low = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
-        precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+        precision = next((name for name in ("bf16", "fp16", "tf32") if getattr(args, name)), None)
         if precision is not None or low:
             reason = f"`{precision}=True`" if precision else f"weights in {', '.join(sorted(low))}"
             raise ValueError(
@@ -152,3 +167,9 @@ def check_inner_steps(model: PreTrainedModel, args: StablePOConfig, accelerator:
         raise ValueError(
             f"{form} needs a second derivative, which quantized layers do not have. Use `hypergradient='first_order'`."
         )
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training."""
+    attention = getattr(module, "attention_dropout", 0)
+    return (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(attention, float) and attention > 0)

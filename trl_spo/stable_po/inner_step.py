@@ -269,6 +269,10 @@ class InnerStep:
             self._wrote(parameter)
         self._saved = None
 
+    def stay(self) -> None:
+        """Forgets the weights of the last [`~InnerStep.save`]: there is no way back."""
+        self._saved = None
+
     @contextmanager
     def back_home(self) -> Iterator[None]:
         """The weights of the last [`~InnerStep.save`] for the block, and then those of now again."""

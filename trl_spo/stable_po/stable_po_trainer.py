@@ -3,7 +3,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -182,11 +182,13 @@ class StablePOTrainer(DPOTrainer):
         self._batches: list[dict[str, Any]] = []  # of the optimizer step, for the lower level
         self._anchors: list[torch.Tensor] = []  # SFT loss of the lower level in nats, of each of them
         self.inner: InnerStep | None = None
+        if self._deploys:
+            self.callback_handler.callbacks.insert(0, _DeployAtTheEnd(self))  # before those that upload the weights
         # Nats and tokens of the outer forward passes
         self._sft_after = torch.zeros(2, device=self.accelerator.device)
         if args.takes_inner_steps:
             check_inner_steps(self.model, args, self.accelerator, self._is_vlm)
-        has_reference = (self.ref_model is not None and not self.is_fsdp_enabled) or is_peft_model(self.model)
+        has_reference = self.ref_model is not None or is_peft_model(self.model)
         check_anchor(args, sft_dataset is not None, has_reference or not args.precompute_ref_log_probs)
         if self._deploys and sft_dataset is None and isinstance(self.train_dataset, Dataset):
             check_deployment(args, len(self.train_dataset), self.accelerator.num_processes)
@@ -293,13 +295,10 @@ class StablePOTrainer(DPOTrainer):
 
     def _trl_loss(self, outputs, inputs, ref_chosen_logps, ref_rejected_logps) -> torch.Tensor | float:
         """TRL's losses among the upper losses, and all of DPO's metrics, of a forward pass that has been made already."""
-        zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=outputs.log_probs.device)
-        inputs = {
-            **inputs,
-            # No loss reads a reference that there is not; the metrics then are those of a uniform one
-            "ref_chosen_logps": zeros if ref_chosen_logps is None else ref_chosen_logps,
-            "ref_rejected_logps": zeros if ref_rejected_logps is None else ref_rejected_logps,
-        }
+        if ref_rejected_logps is None:  # no loss reads the reference; the metrics then are those of a uniform one
+            zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=outputs.log_probs.device)
+            ref_chosen_logps = ref_rejected_logps = zeros
+        inputs = {**inputs, "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
         precompute, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             return super()._compute_loss(lambda **kwargs: outputs, inputs, False)
@@ -406,31 +405,30 @@ class StablePOTrainer(DPOTrainer):
     def train(self, *args, **kwargs):
         self._is_deployed = False
         try:
-            output = super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self.inner is not None:
                 self.inner.restore()  # if something outside of `training_step` stopped in the middle of a step
-        if self._deploys:  # what the user goes on with
-            self._deploy()
-            self._is_deployed = True
-        return output
 
-    def _sft_number(self, micro_step: int) -> int:
-        """Of the batch of `sft_dataset` that a micro-batch takes; the alternating and the unrolled form take one an inner step."""
-        per_step = self.args.inner_steps if self.args.bilevel != "penalty" else self.args.gradient_accumulation_steps
-        return self.state.global_step * per_step + micro_step
+    def _sft_number(self, micro_step: int, inner_step: int = 0) -> int:
+        """Of a batch of `sft_dataset`: as many of them as micro-batches, in each inner step others."""
+        inner_steps = self.args.inner_steps if self.args.bilevel != "penalty" else 1
+        done = self.state.global_step * inner_steps + inner_step
+        return done * self.args.gradient_accumulation_steps + micro_step
 
     def _lower_level_batches(self) -> list[list[dict[str, Any]]]:
         """
         The batches of each inner step: all micro-batches of the optimizer step, so that one large batch and many small ones
         agree, or those of `sft_dataset`.
         """
+        steps, micro_steps = range(self.args.inner_steps), range(len(self._batches))
         if self._sft_batches is None:
-            return [[chosen_half(self._prepare_inputs(batch)) for batch in self._batches]] * self.args.inner_steps
+            return [[chosen_half(self._prepare_inputs(batch)) for batch in self._batches]] * len(steps)
         if self.args.bilevel == "penalty":  # those that the penalty is on
-            numbers = range(len(self._batches))
-            return [[self._sft_batches[self._sft_number(number)] for number in numbers]] * self.args.inner_steps
-        return [[self._sft_batches[self._sft_number(number)]] for number in range(self.args.inner_steps)]
+            return [[self._sft_batches[self._sft_number(micro_step)] for micro_step in micro_steps]] * len(steps)
+        return [
+            [self._sft_batches[self._sft_number(micro_step, step)] for micro_step in micro_steps] for step in steps
+        ]
 
     def _begin_step(self) -> None:
         """The lower level's steps."""
@@ -440,22 +438,25 @@ class StablePOTrainer(DPOTrainer):
         steps, totals = self._lower_level_batches(), self._totals["train"]
         if self.args.bilevel == "penalty":
             with self.inner.saved():
-                before = self._descend(steps, self.inner.move)
+                before, gradient, rate = self._descend(steps, self.inner.move)
+                self._warn_if_rounded_away(gradient, rate)
+                del gradient  # it takes as much memory as the parameters
                 after, self._anchors = self._sft_loss_at(steps[0])
             totals.add("stable/sft_gain", before - after)
             return
         if self.args.bilevel == "unrolled":
             self.inner.save()
         move = self.inner.move_for_good if self.args.bilevel == "alternating" else self.inner.move
-        before = self._descend(steps, move)
+        before, self._last_gradient, self._last_rate = self._descend(steps, move)
         self._corrected_on = steps[0] if self.args.hypergradient != "first_order" else None
         if self._sft_batches is None:
             self._sft_before = before
             self._sft_after = torch.zeros_like(self._sft_after)
         elif self._will_log:  # a forward pass more
             totals.add("stable/sft_gain", before - self._sft_loss_at(steps[0])[0])
-        if self.state.global_step == 0 and not (self.args.bilevel == "alternating" and self.is_deepspeed_enabled):
-            self._warn_if_rounded_away()  # DeepSpeed's master weights keep what the others round away
+        if not (self.args.bilevel == "alternating" and self.is_deepspeed_enabled):
+            # DeepSpeed's master weights keep what the others round away
+            self._warn_if_rounded_away(self._last_gradient, self._last_rate)
         if not self._will_log:
             self._last_gradient = None  # it takes as much memory as the parameters
 
@@ -476,8 +477,13 @@ class StablePOTrainer(DPOTrainer):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         return InnerStep(model, self.accelerator, self._sft_nll, self.args.gradient_checkpointing_kwargs)
 
-    def _descend(self, steps: Iterable[list[dict[str, Any]]], move: Callable) -> torch.Tensor:
-        """Takes a step of the lower level for each of the lists of batches; returns the SFT loss before them."""
+    def _descend(
+        self, steps: Iterable[list[dict[str, Any]]], move: Callable
+    ) -> tuple[torch.Tensor, list[torch.Tensor], float]:
+        """
+        Takes a step of the lower level for each of the lists of batches; returns the SFT loss before them, and the gradient and
+        the rate of the last.
+        """
         size, path, first_loss = self.inner.norm(), 0.0, None
         for batches in steps:
             gradient, loss = self.inner.gradient(batches)
@@ -495,9 +501,8 @@ class StablePOTrainer(DPOTrainer):
                 rate = self.args.inner_learning_rate
             move(gradient, -rate)
             path += rate * length.item()
-        self._last_gradient, self._last_rate = gradient, rate
         self._totals["train"].add("stable/inner_step_norm", path / size.cpu())
-        return first_loss
+        return first_loss, gradient, rate
 
     def _end_step(self) -> None:
         """After the outer backward: back to θ, and the gradient that the optimizer takes."""
@@ -540,8 +545,10 @@ class StablePOTrainer(DPOTrainer):
         finally:
             del engine.step  # the class's own again
 
-    def _warn_if_rounded_away(self) -> None:
-        changed = self.inner.share_that_moves(self._last_gradient, -self._last_rate)
+    def _warn_if_rounded_away(self, gradient: list[torch.Tensor], rate: float) -> None:
+        if self.state.global_step > 0:
+            return
+        changed = self.inner.share_that_moves(gradient, -rate)
         if changed < _MIN_CHANGED:
             logger.warning(
                 f"The inner step changes only {changed:.1%} of the trained parameters: the others round it away in their "
@@ -552,34 +559,54 @@ class StablePOTrainer(DPOTrainer):
 
     @contextmanager
     def _deployed(self) -> Iterator[None]:
-        """The weights that solve the unrolled problem, θ' and not θ, for as long as the block runs."""
-        if not self._deploys or self._is_deployed:
+        """
+        The weights that solve the unrolled problem, θ' and not θ, for as long as the block runs. Of another form, or in the middle
+        of a step: those that would be deployed after the last one.
+        """
+        if self._is_deployed:
             yield
             return
-        if self.is_deepspeed_enabled and self.model_wrapped is self.model:
-            raise RuntimeError(
-                "Under DeepSpeed, the unrolled form can be evaluated and saved from the first step of the training on, and not "
-                "before. Use `eval_on_start=True` for an evaluation at the start."
-            )
-        if self.inner is None:
-            self.inner = self._make_inner_step()
-        self.inner.restore()
-        with self.inner.saved():
-            self._deploy()
-            self._is_deployed = True
-            try:
+        with self._at_home():
+            if not self._deploys:
                 yield
-            finally:
-                self._is_deployed = False
+                return
+            if self.is_deepspeed_enabled and self.model_wrapped is self.model:
+                raise RuntimeError(
+                    "Under DeepSpeed, the unrolled form can be evaluated and saved from the first step of the training on, and "
+                    "not before. Use `eval_on_start=True` for an evaluation at the start."
+                )
+            if self.inner is None:
+                self.inner = self._make_inner_step()
+            with self.inner.saved():
+                self._deploy()
+                self._is_deployed = True
+                try:
+                    yield
+                finally:
+                    self._is_deployed = False
+
+    def _at_home(self) -> AbstractContextManager:
+        """In the middle of an unrolled step, θ for the block."""
+        return self.inner.back_home() if self.inner is not None and self.inner.is_away else nullcontext()
 
     @property
     def _deploys(self) -> bool:
         return self.args.bilevel == "unrolled" and self.args.deploy_inner_steps > 0
 
-    def _deploy(self) -> None:
-        """Moves from θ to θ'."""
+    def _deploy_for_good(self) -> None:
         if self.inner is None:
             self.inner = self._make_inner_step()
+        self.inner.save()
+        try:
+            self._deploy()
+        except BaseException:  # Ctrl-C too: not somewhere on the way
+            self.inner.restore()
+            raise
+        self.inner.stay()
+        self._is_deployed = True
+
+    def _deploy(self) -> None:
+        """Moves from θ to θ'."""
         totals, self._totals["train"] = self._totals["train"], MetricTotals()  # these steps are not training's
         was_training = self.inner.model.training
         self.inner.model.train(self.args.gradient_checkpointing)  # which evaluation mode would switch off
@@ -598,7 +625,8 @@ class StablePOTrainer(DPOTrainer):
             self.accelerator.process_index,
         )
         if self._sft_batches is not None:
-            yield from ([self._sft_batches[number]] for number in range(steps))
+            for step in range(steps):
+                yield [self._sft_batches[step * accumulation + micro_step] for micro_step in range(accumulation)]
             return
         rows = self.train_dataset
         if isinstance(rows, Dataset):
@@ -618,12 +646,8 @@ class StablePOTrainer(DPOTrainer):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'; in the middle of a step, θ
-        if self.inner is not None and self.inner.is_away and not self._is_deployed:
-            weights = self.inner.back_home()
-        else:
-            weights = nullcontext() if self._saves_checkpoint else self._deployed()
-        with weights:
+        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'
+        with self._at_home() if self._saves_checkpoint else self._deployed():
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
@@ -652,6 +676,16 @@ class StablePOTrainer(DPOTrainer):
         if self.args.bilevel == "unrolled":
             settings += ("hypergradient", "deploy_inner_steps")
         save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
+
+
+class _DeployAtTheEnd(TrainerCallback):
+    """After the best model is loaded, and before the other callbacks see what the training has come to."""
+
+    def __init__(self, trainer: StablePOTrainer):
+        self._trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._trainer._deploy_for_good()
 
 
 def chosen_half(inputs: dict[str, Any]) -> dict[str, Any]:
