@@ -14,9 +14,10 @@ accelerate launch examples/stable_po.py \
     --output_dir Qwen2.5-0.5B-StablePO
 ```
 
-SimPO inside of Stable PO: `--upper_loss simpo`. Recipes: `--config examples/stable_po.yaml`, `stable_po_lora.yaml` and
-`stable_po_zero3.yaml`. Data of its own for the lower level: `--sft_dataset_name trl-lib/Capybara`. After an interruption:
-`--resume_from_checkpoint last`.
+SimPO inside of Stable PO: `--upper_loss simpo`. Recipes: `--config examples/stable_po.yaml` and `stable_po_lora.yaml`
+(`stable_po_zero3.yaml` is for `trl-spo stable-po`, which launches its processes itself). Several GPUs, with the parameters
+sharded: `accelerate launch --config_file trl_spo/accelerate_configs/zero3.yaml --num_processes 8 ...`. Data of its own for the
+lower level: `--sft_dataset_name trl-lib/Capybara`. After an interruption: `--resume_from_checkpoint last`.
 
 `--dataset_name` is a dataset on the Hub, a folder written by `save_to_disk`, a folder of data files or one such file, with
 the columns `prompt`, `chosen` and `rejected`.

@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -265,6 +266,17 @@ def work(job: dict) -> None:
     print(f"{path.stem}: " + " ".join(f"{name} {value:.3f}" for name, value in last.items()), flush=True)
 
 
+def check_same_settings(path: Path, args: argparse.Namespace) -> None:
+    """Exits if a result that is there was measured with other options than those of now."""
+    before = json.loads(path.read_text())["args"]
+    for name in ("model", "data", "steps", "points", "batch_size", "learning_rate", "beta", "sft_steps"):
+        if before[name] != getattr(args, name):
+            sys.exit(
+                f"{path} was measured with `--{name} {before[name]}`, and now it is {getattr(args, name)}. Use another "
+                "`--output_dir`."
+            )
+
+
 # -- the tables
 
 
@@ -388,7 +400,9 @@ def main() -> None:
             if FORMS[name].get("replay") and args.setting == "arithmetic":
                 continue
             path = folder / f"{args.setting},{loss},{name.replace(' ', '')},seed={seed}.json"
-            if not path.exists():
+            if path.exists():
+                check_same_settings(path, args)
+            else:
                 job = {
                     "loss": loss,
                     "name": name,

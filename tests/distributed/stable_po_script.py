@@ -27,7 +27,7 @@ SCENARIOS = {
     "alternating_inner": {**ALTERNATING, "learning_rate": 1e-6},
     "alternating_accumulation": {**ALTERNATING, "gradient_accumulation_steps": 4, "inner_steps": 2},
     "alternating_lora": {**ALTERNATING, "learning_rate": 1e-2, "gradient_checkpointing": True},
-    "unrolled": UNROLLED,
+    "unrolled": {**UNROLLED, "eval_strategy": "steps", "eval_steps": 2},
     "unrolled_accumulation": {**UNROLLED, "gradient_accumulation_steps": 4, "inner_steps": 2},
     "unrolled_lora": {**UNROLLED, "learning_rate": 1e-2},
     "alternating_auto": {"bilevel": "alternating", "inner_step_fraction": 1e-2},

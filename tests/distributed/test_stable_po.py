@@ -46,6 +46,11 @@ def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+def entries(folder: Path) -> list[dict]:
+    """What the training and the evaluations in between have logged, without the summary at the end."""
+    return [entry for entry in report(folder)["log"] if "loss" in entry or "eval_loss" in entry]
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
     backend, out = two
@@ -57,9 +62,12 @@ def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
         torch.testing.assert_close(
             found[name], expected[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
-    for ours, theirs in zip(result["log"][:4], report(single / scenario)["log"][:4], strict=True):
+    logs = [entries(folder / scenario) for folder in (out, single)]
+    for ours, theirs in zip(*logs, strict=True):
         for name in theirs:
-            if name.startswith(("stable/", "logps/", "displacement/", "loss", "rewards/")) and name in ours:
+            if name == "stable/gradient_cosine" and "DEEPSPEED" in result["distributed_type"]:
+                continue  # it keeps the outer gradient to itself
+            if any(part in name for part in ("stable/", "logps/", "displacement/", "loss", "rewards/")):
                 assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
 
 
@@ -75,7 +83,7 @@ def test_alternating_in_bf16_is_near_float32(single, two, world):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_scenario_tests_something(single, scenario):
     """The lower level moves the weights, or the penalty is open, in each of them."""
-    log = report(single / scenario)["log"][:4]
+    log = [entry for entry in entries(single / scenario) if "loss" in entry]
     if scenario.startswith(("alternating", "unrolled")) or "lower_level" in scenario:
         assert min(entry["stable/inner_step_norm"] for entry in log) > 1e-4
         assert min(entry["stable/sft_gain"] for entry in log) > 0

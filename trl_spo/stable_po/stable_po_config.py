@@ -116,7 +116,8 @@ class StablePOConfig(DPOConfig):
         deploy_inner_steps (`int`, *optional*, defaults to `1`):
             With `bilevel="unrolled"`, SFT steps that turn the final θ into the θ' that is evaluated, saved and pushed.
         sft_batch_size (`int`, *optional*):
-            Rows of `sft_dataset` per device and inner step. Defaults to `per_device_train_batch_size`.
+            Rows of `sft_dataset` per device and micro-batch. Defaults to `per_device_train_batch_size`. An inner step takes as many
+            such batches as an optimizer step has micro-batches.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS
@@ -195,7 +196,7 @@ class StablePOConfig(DPOConfig):
     sft_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of `sft_dataset` per device and inner step. Defaults to `per_device_train_batch_size`."
+            "help": "Rows of `sft_dataset` per device and micro-batch. Defaults to `per_device_train_batch_size`."
         },
     )
 
@@ -273,7 +274,7 @@ class StablePOConfig(DPOConfig):
         require("rdpo_alpha", -math.inf, "it is the reward per token that R-DPO discounts")
         require("simpo_beta", 0, "it is the inverse temperature of simpo and alphadpo", strict=True)
         if self.sft_batch_size is not None:
-            require("sft_batch_size", 1, "it is the number of rows of `sft_dataset` in an inner step", whole=True)
+            require("sft_batch_size", 1, "it is the number of rows of `sft_dataset` in a micro-batch", whole=True)
         # A number on the command line or in a YAML file may come as a string
         if isinstance(self.inner_learning_rate, str) and self.inner_learning_rate != "auto":
             try:
