@@ -3,8 +3,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,8 +35,9 @@ from .checks import (
     check_stream,
     check_upper_loss,
 )
+from .deployment import DeploymentMixin
 from .inner_step import InnerStep, inner_product, norm
-from .sft_data import SFTBatches, prepare_sft_dataset
+from .sft_data import SFTBatches, chosen_half, prepare_sft_dataset
 from .stable_po_config import OWN_LOSSES, REFERENCE_FREE, TRL_LOSSES, StablePOConfig
 
 
@@ -47,7 +47,7 @@ logger = get_logger(__name__)
 _MIN_CHANGED = 0.5
 
 
-class StablePOTrainer(DPOTrainer):
+class StablePOTrainer(DeploymentMixin, DPOTrainer):
     """
     Trainer for Stable Preference Optimization (Stable PO), proposed in the paper [Stable Preference Optimization: A Bilevel
     Approach to Catastrophic Preference Shift](https://huggingface.co/papers/2507.07723).
@@ -176,14 +176,11 @@ class StablePOTrainer(DPOTrainer):
 
         self._totals = {"train": MetricTotals(), "eval": MetricTotals()}
         self._eval_prefix = "eval"
-        self._is_deployed = False  # the weights are θ', for good or for the moment
-        self._saves_checkpoint = False
         self._micro_step = 0  # index of the next micro-batch in the optimizer step
         self._batches: list[dict[str, Any]] = []  # of the optimizer step, for the lower level
         self._anchors: list[torch.Tensor] = []  # SFT loss of the lower level in nats, of each of them
         self.inner: InnerStep | None = None
-        if self._deploys:
-            self.callback_handler.callbacks.insert(0, _DeployAtTheEnd(self))  # before those that upload the weights
+        self._init_deployment()
         # Nats and tokens of the outer forward passes
         self._sft_after = torch.zeros(2, device=self.accelerator.device)
         if args.takes_inner_steps:
@@ -555,107 +552,11 @@ class StablePOTrainer(DPOTrainer):
                 "precision. Use `inner_learning_rate` or `inner_step_fraction` of a larger value, or keep the weights in float32."
             )
 
-    # What is evaluated and saved
-
-    @contextmanager
-    def _deployed(self) -> Iterator[None]:
-        """
-        The weights that solve the unrolled problem, θ' and not θ, for as long as the block runs. Of another form, or in the middle
-        of a step: those that would be deployed after the last one.
-        """
-        if self._is_deployed:
-            yield
-            return
-        with self._at_home():
-            if not self._deploys:
-                yield
-                return
-            if self.is_deepspeed_enabled and self.model_wrapped is self.model:
-                raise RuntimeError(
-                    "Under DeepSpeed, the unrolled form can be evaluated and saved from the first step of the training on, and "
-                    "not before. Use `eval_on_start=True` for an evaluation at the start."
-                )
-            if self.inner is None:
-                self.inner = self._make_inner_step()
-            with self.inner.saved():
-                self._deploy()
-                self._is_deployed = True
-                try:
-                    yield
-                finally:
-                    self._is_deployed = False
-
-    def _at_home(self) -> AbstractContextManager:
-        """In the middle of an unrolled step, θ for the block."""
-        return self.inner.back_home() if self.inner is not None and self.inner.is_away else nullcontext()
-
-    @property
-    def _deploys(self) -> bool:
-        return self.args.bilevel == "unrolled" and self.args.deploy_inner_steps > 0
-
-    def _deploy_for_good(self) -> None:
-        if self.inner is None:
-            self.inner = self._make_inner_step()
-        self.inner.save()
-        try:
-            self._deploy()
-        except BaseException:  # Ctrl-C too: not somewhere on the way
-            self.inner.restore()
-            raise
-        self.inner.stay()
-        self._is_deployed = True
-
-    def _deploy(self) -> None:
-        """Moves from θ to θ'."""
-        totals, self._totals["train"] = self._totals["train"], MetricTotals()  # these steps are not training's
-        was_training = self.inner.model.training
-        self.inner.model.train(self.args.gradient_checkpointing)  # which evaluation mode would switch off
-        try:
-            self._descend(self._deployment_batches(), self.inner.move)
-        finally:
-            self.inner.model.train(was_training)
-            self._totals["train"] = totals
-
-    def _deployment_batches(self) -> Iterator[list[dict[str, Any]]]:
-        """The same rows each time: for each step as many micro-batches as a step of the optimizer has."""
-        size, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        steps, world, rank = (
-            self.args.deploy_inner_steps,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
-        if self._sft_batches is not None:
-            for step in range(steps):
-                yield [self._sft_batches[step * accumulation + micro_step] for micro_step in range(accumulation)]
-            return
-        rows = self.train_dataset
-        if isinstance(rows, Dataset):
-            generator = torch.Generator().manual_seed(self.args.seed)
-            rows = rows.select(torch.randperm(len(rows), generator=generator).tolist())
-        rows = list(islice(rows, size * accumulation * world * steps))
-        check_deployment(self.args, len(rows), world)  # for all processes alike
-        for step in range(steps):
-            share = rows[step * size * accumulation * world : (step + 1) * size * accumulation * world][rank::world]
-            batches = [self.data_collator(share[first : first + size]) for first in range(0, len(share), size)]
-            yield [chosen_half(self._prepare_inputs(batch)) for batch in batches]
-
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_prefix = metric_key_prefix
         self._totals["eval"] = MetricTotals()
         with self._deployed():
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # Of the unrolled form: a checkpoint, for resuming, is θ, anything else θ'
-        with self._at_home() if self._saves_checkpoint else self._deployed():
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial):
-        self._saves_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saves_checkpoint = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", f"{self._eval_prefix}_")
@@ -676,23 +577,3 @@ class StablePOTrainer(DPOTrainer):
         if self.args.bilevel == "unrolled":
             settings += ("hypergradient", "deploy_inner_steps")
         save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
-
-
-class _DeployAtTheEnd(TrainerCallback):
-    """After the best model is loaded, and before the other callbacks see what the training has come to."""
-
-    def __init__(self, trainer: StablePOTrainer):
-        self._trainer = trainer
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._trainer._deploy_for_good()
-
-
-def chosen_half(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The chosen responses of a batch of TRL's collator, which puts them before the rejected ones."""
-    count = len(inputs["input_ids"]) // 2
-    return {
-        name: value[:count]
-        for name, value in inputs.items()
-        if name in ("input_ids", "attention_mask", "completion_mask")
-    }
