@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The KL regularizer on models that FSDP2 shards: `fsdp2_script.py WORLD`, two processes.
+Soft PO's KL regularizer and Stable PO's penalty on models that FSDP2 shards: `fsdp2_script.py WORLD`, two processes.
 
 Accelerate does not admit FSDP2 on the CPU, so the models are sharded here by hand, with PyTorch's `fully_shard`, as
 Accelerate would. Each process compares its gradient with that of the whole model on all samples.
@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from datasets import Dataset, load_from_disk
 from soft_po_script import given_samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from trl_spo import SoftPOConfig
+from trl_spo import SoftPOConfig, StablePOConfig, StablePOTrainer
 from trl_spo.soft_po.online_kl import OnlineKL
 
 
@@ -38,7 +39,39 @@ def gradient(policy, reference, samples, args, accelerator) -> dict[str, torch.T
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
 
 
+def stable_po_gradient(world: Path, rows: Dataset, args: StablePOConfig, sharded: bool) -> dict[str, torch.Tensor]:
+    trainer = StablePOTrainer(str(world / "model"), args=args, train_dataset=rows)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter -= 0.1 * torch.randn(parameter.shape, generator=generator)
+    model = shard(trainer.model) if sharded else trainer.model
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    trainer.compute_loss(model.train(), trainer._prepare_inputs(batch)).backward()
+    assert trainer._totals["train"].pop()["stable/penalty"] > 0.1
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+
+
+def check_stable_po(world: Path) -> None:
+    args = StablePOConfig(
+        "unused", use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, penalty_weight=5.0
+    )
+    rows, rank = load_from_disk(str(world / "dataset")).select(range(8)), PartialState().process_index
+    whole = stable_po_gradient(world, rows, args, sharded=False)
+    sharded = stable_po_gradient(world, rows.select(range(4 * rank, 4 * rank + 4)), args, sharded=True)
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=1e-3, atol=1e-4)
+    assert max(g.abs().max() for g in whole.values()) > 1e-1
+
+
 def main(world: Path) -> None:
+    check_stable_po(world)
+    check_soft_po(world)
+
+
+def check_soft_po(world: Path) -> None:
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "online_samples_per_step": 4}
     configs = [SoftPOConfig("unused", kl_estimator=estimator, **options) for estimator in ("token", "score")]
     accelerator = Accelerator(cpu=True)  # after the configs, which reset its state
