@@ -20,7 +20,16 @@ CONFIGS = Path(__file__).parents[2] / "trl_spo" / "accelerate_configs"
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama, its tokenizer and 64 preference pairs."""
-    folder = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"), 32, 4, 2)
+
+
+@pytest.fixture(scope="session")
+def odd_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `world`, with a hidden size that is odd, so that ZeRO-3 has to pad the layer norms' weights."""
+    return make_world(tmp_path_factory.mktemp("odd_world"), 33, 3, 1)
+
+
+def make_world(folder: Path, hidden_size: int, num_heads: int, num_key_value_heads: int) -> Path:
     words = ["<pad>", "<eos>", "<unk>", "say", *(f"w{i}" for i in range(20))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,12 +40,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=33,  # odd, so that ZeRO-3 has to pad the layer norms' weights
+        hidden_size=hidden_size,
         head_dim=8,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=1,

@@ -22,16 +22,16 @@ TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3"
 
 
 @pytest.fixture(scope="module")
-def single(world, launch, tmp_path_factory) -> Path:
+def single(odd_world, launch, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("single")
-    launch("none", SCRIPT, str(world), str(out), *SCENARIOS, processes=1)
+    launch("none", SCRIPT, str(odd_world), str(out), *SCENARIOS, processes=1)
     return out
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def two(request, world, launch, tmp_path_factory) -> tuple[str, Path]:
+def two(request, odd_world, launch, tmp_path_factory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp(request.param)
-    launch(request.param, SCRIPT, str(world), str(out), *SCENARIOS, *_script.BF16)
+    launch(request.param, SCRIPT, str(odd_world), str(out), *SCENARIOS, *_script.BF16)
     return request.param, out
 
 
@@ -52,7 +52,7 @@ def entries(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
+def test_two_processes_end_at_the_weights_of_one(single, two, scenario):
     backend, out = two
     result = report(out / scenario)
     assert TYPES[backend] in result["distributed_type"] and result["processes"] == 2
@@ -71,9 +71,9 @@ def test_two_processes_end_at_the_weights_of_one(single, two, world, scenario):
                 assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), name
 
 
-def test_alternating_in_bf16_is_near_float32(single, two, world):
+def test_alternating_in_bf16_is_near_float32(single, two, odd_world):
     """DeepSpeed computes with weights in bfloat16, which round an inner step off; its master weights have all of it."""
-    start = weights(world / "model")
+    start = weights(odd_world / "model")
     ends = weights(single / "alternating_inner"), weights(two[1] / "alternating_bf16")
     expected, found = (torch.cat([(end[name].float() - start[name]).flatten() for name in start]) for end in ends)
     assert expected.norm() > 0.01 * torch.cat([weight.flatten() for weight in start.values()]).norm()
