@@ -532,6 +532,25 @@ class TestSFTDataset:
         resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
         assert equal(weights_of(whole.model), weights_of(resumed.model))
 
+    @pytest.mark.parametrize("form", ["alternating", "unrolled"])
+    def test_accumulation_is_one_large_batch(self, make_trainer, weights_of, form):
+        """Also of several inner steps, each on rows of its own."""
+        data = {
+            "sft_dataset": Dataset.from_dict(
+                {"text": [text * (i + 1) for i in range(4) for text in SFT["text"]["text"]]}
+            )
+        }
+        options = {"inner_steps": 2, **FORMS[form]}
+        large = make_trainer(data, per_device_train_batch_size=8, sft_batch_size=4, **options)
+        small = make_trainer(
+            data, per_device_train_batch_size=2, sft_batch_size=1, gradient_accumulation_steps=4, **options
+        )
+        for trainer in (large, small):
+            trainer.train()
+        expected, found = weights_of(large.model), weights_of(small.model)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
         [
