@@ -66,12 +66,8 @@ class DeploymentMixin:
     def _deploy_for_good(self) -> None:
         if self.inner is None:
             self.inner = self._make_inner_step()
-        self.inner.save()
-        try:
-            self._deploy()
-        except BaseException:  # Ctrl-C too: not somewhere on the way
-            self.inner.restore()
-            raise
+        self.inner.save()  # `train` goes back there if the steps do not come to their end
+        self._deploy()
         self.inner.stay()
         self._is_deployed = True
 
