@@ -8,5 +8,5 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_on_sharded_models(world, launch):
-    launch("ddp", Path(__file__).parent / "fsdp2_script.py", str(world))
+def test_on_sharded_models(odd_world, launch):
+    launch("ddp", Path(__file__).parent / "fsdp2_script.py", str(odd_world))
