@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .soft_po import SoftPOConfig, SoftPOTrainer
+    from .sspo import DegreeHeads, SSPOConfig, SSPOKTOConfig, SSPOKTOTrainer, SSPOTrainer
     from .stable_po import StablePOConfig, StablePOTrainer
 
 
@@ -20,13 +21,29 @@ __version__ = "0.1.0"  # equal to the version in pyproject.toml
 
 # Public name -> the subpackage that defines it
 _PUBLIC = {
+    "DegreeHeads": "sspo",
+    "SSPOConfig": "sspo",
+    "SSPOKTOConfig": "sspo",
+    "SSPOKTOTrainer": "sspo",
+    "SSPOTrainer": "sspo",
     "SoftPOConfig": "soft_po",
     "SoftPOTrainer": "soft_po",
     "StablePOConfig": "stable_po",
     "StablePOTrainer": "stable_po",
 }
 
-__all__ = ["SoftPOConfig", "SoftPOTrainer", "StablePOConfig", "StablePOTrainer", "__version__"]
+__all__ = [
+    "DegreeHeads",
+    "SSPOConfig",
+    "SSPOKTOConfig",
+    "SSPOKTOTrainer",
+    "SSPOTrainer",
+    "SoftPOConfig",
+    "SoftPOTrainer",
+    "StablePOConfig",
+    "StablePOTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,9 +41,12 @@ from trl.models.utils import (  # noqa: E402
 )
 from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer  # noqa: E402
+from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
+    FusedCausalLMOutput,
     create_model_from_path,
     get_config_model_id,
+    global_then_local_main_first,
     maybe_gather_lm_head_ctx,
     pad,
     use_adapter,
@@ -55,6 +58,7 @@ __all__ = [
     "ChunkedLogProbFunction",
     "DataCollatorForPreference",
     "DistributedBackend",
+    "FusedCausalLMOutput",
     "VLLMGeneration",
     "_ForwardRedirection",
     "_tokenize",
@@ -63,6 +67,7 @@ __all__ = [
     "create_model_from_path",
     "disable_gradient_checkpointing",
     "get_config_model_id",
+    "global_then_local_main_first",
     "is_conversational",
     "maybe_gather_lm_head_ctx",
     "no_reference_model",
@@ -82,6 +87,15 @@ _SIGNATURES: list[tuple[Callable, list[str]]] = [
     (DPOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
     (DPOTrainer._compute_loss, ["self", "model", "inputs", "return_outputs"]),
     (DPOTrainer.compute_ref_log_probs, ["self", "model", "inputs"]),
+    (
+        KTOTrainer.__init__,
+        ["self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"]
+        + ["compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"],
+    ),
+    (KTOTrainer._prepare_dataset, ["self", "dataset", "processing_class", "args", "dataset_name"]),
+    (KTOTrainer._compute_loss, ["self", "model", "inputs", "return_outputs"]),
+    (KTOTrainer._compute_kl_logps, ["self", "model", "batch"]),
+    (KTOTrainer.compute_ref_log_probs, ["self", "model", "inputs"]),
     (
         ChunkedDivergenceFunction.forward,
         ["ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias"]

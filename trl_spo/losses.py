@@ -515,3 +515,42 @@ def sft_penalty(sft_loss: torch.Tensor, anchor_loss: torch.Tensor | float, slack
     """
     anchor_loss = anchor_loss.detach() if torch.is_tensor(anchor_loss) else anchor_loss
     return F.relu(sft_loss - anchor_loss - slack)
+
+
+def removal_mask(token_degrees: torch.Tensor, completion_mask: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    r"""
+    Which tokens of a response are left of it at each degree (Self-supervised Preference Optimization, arXiv 2409.17791).
+
+    At level i the tokens of degree `0 < d <= i` are gone. Level 0 leaves all, and each level leaves no more than the one before.
+
+    Args:
+        token_degrees (`torch.Tensor` of shape `(B, L)`):
+            For each token the lowest degree that drops it, 0 if none does.
+        completion_mask (`torch.Tensor` of shape `(B, L)`):
+            Tokens of the response.
+        levels (`torch.Tensor` of shape `(B, K)`):
+            Levels, from 0 to N-1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, L)`: `True` where a token is left.
+    """
+    dropped = (token_degrees > 0).unsqueeze(1) & (token_degrees.unsqueeze(1) <= levels.unsqueeze(2))
+    return completion_mask.bool().unsqueeze(1) & ~dropped
+
+
+def degree_loss(logits: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    r"""
+    Self-supervised Preference Optimization's loss of a response (arXiv 2409.17791).
+
+    `(1/K) Σ_k CE(head(ỹ^(i_k)), i_k)`: the head is to tell how much key content has been taken from the response.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, N)`):
+            What the head says about the response at each of the levels.
+        levels (`torch.Tensor` of shape `(B, K)`):
+            The levels, from 0 to N-1.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: in nats; `log N` is chance.
+    """
+    return F.cross_entropy(logits.float().transpose(1, 2), levels, reduction="none").mean(dim=1)

@@ -132,3 +132,55 @@ def check_preferences(
             f"({identical / len(dataset):.1%}): they teach nothing. Consider removing them."
         )
     return dataset
+
+
+def check_unpaired_preferences(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """
+    Checks the columns and the rows of an unpaired preference dataset, or of one of pairs that is to be taken apart.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            `prompt`, `completion` and `label`, or pairs as in [`check_preferences`].
+        name (`str`):
+            What the messages call it, e.g. `"train"`.
+
+    Returns:
+        The dataset; one that streams is checked as its rows are read.
+
+    Raises:
+        `ValueError`: names the row, the value and the way out.
+    """
+    columns = columns_of(dataset, name)
+    if {"chosen", "rejected"} <= columns:
+        return check_preferences(dataset, name, allow_lists=False)
+    missing = [column for column in ("prompt", "completion", "label") if column not in columns]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset lacks the columns {missing}: its columns are {sorted(columns)}. Pass responses (`prompt`, "
+            "`completion`, `label`) or pairs (`prompt`, `chosen`, `rejected`)."
+        )
+
+    def problem_of(example: dict[str, Any]) -> str | None:
+        if _is_empty(example["completion"]):
+            return "its `completion` is empty. Remove the row, or fill in the response"
+        if example["label"] not in (True, False):
+            return (
+                f"its `label` is {example['label']!r}. Use `true` for a desirable, `false` for an undesirable response"
+            )
+        return None
+
+    if isinstance(dataset, IterableDataset):
+
+        def check_row(example: dict[str, Any]) -> dict[str, Any]:
+            problem = problem_of(example)
+            if problem is not None:
+                raise ValueError(f"A row of the {name} dataset cannot be used: {problem}. The row: {example}.")
+            return example
+
+        return dataset.map(check_row)
+
+    for i, example in enumerate(dataset.select_columns(["completion", "label"])):
+        problem = problem_of(example)
+        if problem is not None:
+            raise ValueError(f"Row {i} of the {name} dataset cannot be used: {problem}.")
+    return dataset
