@@ -392,3 +392,41 @@ class TestLowerLevel:
         penalty.backward()
         assert sft_loss.grad == slope
         assert anchor.grad is None
+
+
+class TestDegrees:
+    def test_removal_by_hand(self):
+        #        prompt |  response          | padding
+        degrees = torch.tensor([[0, 0, 1, 0, 2, 1, 3, 0, 0]])
+        completion = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0]])
+        found = losses.removal_mask(degrees, completion, torch.tensor([[0, 1, 2, 3]]))
+        assert found.int().tolist() == [
+            [
+                [0, 0, 1, 1, 1, 1, 1, 1, 0],
+                [0, 0, 0, 1, 1, 0, 1, 1, 0],
+                [0, 0, 0, 1, 0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 0, 0, 0, 1, 0],
+            ]
+        ]
+
+    def test_removal_is_nested(self):
+        torch.manual_seed(0)
+        degrees, completion = torch.randint(0, 5, (7, 30)), torch.randint(0, 2, (7, 30))
+        masks = losses.removal_mask(degrees, completion, torch.arange(5).expand(7, -1))
+        assert torch.equal(masks[:, 0], completion.bool())
+        assert torch.all(masks[:, 1:] <= masks[:, :-1])
+        assert torch.all(masks[:, -1] == (completion.bool() & (degrees == 0)))
+
+    def test_loss(self):
+        torch.manual_seed(0)
+        logits = torch.randn(4, 3, 5, dtype=torch.float64)
+        levels = torch.tensor([[0, 2, 4], [1, 1, 3], [4, 0, 2], [2, 3, 0]])
+        expected = [
+            -sum(math.log(math.exp(row[k][i]) / sum(map(math.exp, row[k]))) for k, i in enumerate(of_row)) / 3
+            for row, of_row in zip(logits.tolist(), levels.tolist(), strict=True)
+        ]
+        torch.testing.assert_close(losses.degree_loss(logits, levels), torch.tensor(expected))
+
+    def test_chance(self):
+        found = losses.degree_loss(torch.zeros(2, 3, 7), torch.tensor([[0, 3, 6], [1, 1, 1]]))
+        torch.testing.assert_close(found, torch.full((2,), math.log(7)))

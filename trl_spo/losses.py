@@ -553,4 +553,4 @@ def degree_loss(logits: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B,)`: in nats; `log N` is chance.
     """
-    return F.cross_entropy(logits.float().transpose(1, 2), levels, reduction="none").mean(dim=1)
+    return F.cross_entropy(logits.transpose(1, 2), levels, reduction="none").mean(dim=1)

@@ -209,7 +209,7 @@ def add_degree_heads(model: PreTrainedModel, heads: DegreeHeads, removal: str = 
         if removal == "text":
             pooled = _pool_shortened(self, degree_inputs, masks, pooled)
         chosen, rejected = self.degree_heads(pooled)
-        logits = torch.where(degree_inputs["is_chosen"].view(-1, 1, 1), chosen, rejected)
+        logits = torch.where(degree_inputs["is_chosen"].view(-1, 1, 1), chosen, rejected).float()
         return DegreeCausalLMOutput(**outputs, degree_logits=logits)
 
     setattr(model, ATTRIBUTE, heads)
