@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from trl_spo import SoftPOConfig, SoftPOTrainer, StablePOConfig, StablePOTrainer
+from trl_spo import SoftPOConfig, SoftPOTrainer, SSPOConfig, SSPOTrainer, StablePOConfig, StablePOTrainer
 
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'trl-spo[quantization]'")
@@ -18,13 +18,16 @@ FORMS = {
     "lower_level": {"penalty_anchor": "lower_level", "inner_step_fraction": 0.02},
     "alternating": {"bilevel": "alternating", "inner_step_fraction": 0.02},
     "unrolled": {"bilevel": "unrolled", "inner_step_fraction": 0.02},
+    "sspo": {},
+    "sspo_text": {"removal": "text"},
 }
+CLASSES = {"soft": (SoftPOTrainer, SoftPOConfig), "sspo": (SSPOTrainer, SSPOConfig)}
 
 
 @pytest.fixture
 def make_trainer(model_path, pairs, tmp_path):
     def make(form, **kwargs):
-        trainer, config = (SoftPOTrainer, SoftPOConfig) if form == "soft_po" else (StablePOTrainer, StablePOConfig)
+        trainer, config = CLASSES.get(form.split("_")[0], (StablePOTrainer, StablePOConfig))
         options = {
             "output_dir": str(tmp_path / "output"),
             "use_cpu": True,

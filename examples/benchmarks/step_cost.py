@@ -63,6 +63,10 @@ METHODS = {
     "StablePO unrolled": {"bilevel": "unrolled"},
     "StablePO unrolled, finite difference": {"bilevel": "unrolled", "hypergradient": "finite_difference"},
     "StablePO unrolled, exact": {"bilevel": "unrolled", "hypergradient": "exact"},
+    "SSPO": {},
+    "SSPO, one level": {"degree_sampling": "one"},
+    "SSPO text": {"removal": "text"},
+    "SSPO text, one level": {"removal": "text", "degree_sampling": "one"},
 }
 DEFAULTS = {
     "cpu": {"batch_size": 8, "prompt_length": 32, "completion_length": 96},
@@ -131,7 +135,7 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
 
-    from trl_spo import SoftPOConfig, SoftPOTrainer, StablePOConfig, StablePOTrainer
+    from trl_spo import SoftPOConfig, SoftPOTrainer, SSPOConfig, SSPOTrainer, StablePOConfig, StablePOTrainer
 
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -201,6 +205,10 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
         trainer_class, training_args = DPOTrainer, DPOConfig(**common)
     elif name.startswith("StablePO"):
         trainer_class, training_args = StablePOTrainer, StablePOConfig(**common, **options)
+    elif name.startswith("SSPO"):
+        # Every third word, so that there are phrases: two thirds of the tokens are key content
+        options["stop_words"] = [f"w{i}" for i in range(2, SIZES[args.size]["vocab_size"], 3)]
+        trainer_class, training_args = SSPOTrainer, SSPOConfig(**common, **options)
     else:
         options |= {"max_completion_length": args.completion_length}
         for field in ("resample_steps", "online_samples_per_step", "online_buffer_size"):

@@ -177,6 +177,17 @@ class TestForward:
         one = forward(model, {**batch, "levels": levels}).degree_logits
         torch.testing.assert_close(one, every.gather(1, levels.unsqueeze(2).expand(-1, -1, 3)), rtol=1e-4, atol=1e-5)
 
+    def test_texts_are_run_for_what_is_missing_only(self, with_heads, batch):
+        """The whole responses have had their forward pass."""
+        model, _ = with_heads(removal="text")
+        rows = []
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(len((args or (kwargs["input_ids"],))[0])), with_kwargs=True
+        )
+        forward(model, batch)
+        forward(model, {**batch, "levels": torch.ones(4, 1, dtype=torch.long)})
+        assert rows == [4, 8, 4, 4]
+
     def test_left_padding(self, with_heads, batch):
         model, _ = with_heads(removal="text")
         right = forward(model, batch).degree_logits

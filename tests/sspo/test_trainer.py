@@ -234,7 +234,7 @@ class TestParent:
         assert not equal(weights_of(parent.model), policy_of(trainer, weights_of))
 
     def test_one_weight_0_leaves_its_head_alone(self, make_trainer, heads_of):
-        trainer = make_trainer(rejected_weight=0.0)
+        trainer = make_trainer(rejected_weight=0.0, optim="adamw_torch", head_weight_decay=0.1)
         before = heads_of(trainer)
         trainer.train()
         after = heads_of(trainer)
@@ -270,6 +270,11 @@ class TestOptimizer:
         torch.manual_seed(4)
         again, other = make_trainer(seed=1).degree_heads.state_dict(), make_trainer(seed=2).degree_heads.state_dict()
         assert equal(first, again) and not equal(first, other)
+        states = []
+        for options in ({}, NO_WEIGHTS):
+            make_trainer(**options)
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states)  # e.g. of dropout
 
     @pytest.mark.parametrize("removal", ["hidden_states", "text"])
     def test_accumulation_is_one_large_batch(self, make_trainer, weights_of, removal, pairs):
@@ -316,11 +321,17 @@ class TestOptimizer:
         for trainer in (plain, precomputed):
             trainer.train()
         close(weights_of(plain.model), weights_of(precomputed.model))
-        # of a dataset that comes later, with the degrees in its batches already
+
+    def test_precomputed_reference_of_a_dataset_that_comes_later(self, make_trainer):
+        """Its batches have the degrees in them already, which no model is to see."""
         trainer = make_trainer({"peft_config": LoraConfig(**LORA)}, precompute_ref_log_probs=True)
-        assert "eval_rewards/margins" in trainer.evaluate(
-            trainer.train_dataset.remove_columns("ref_chosen_logps").remove_columns("ref_rejected_logps")
+        seen = set()
+        trainer.model.get_base_model().base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
         )
+        new = trainer.train_dataset.remove_columns(["ref_chosen_logps", "ref_rejected_logps"]).select(range(3))
+        assert "eval_rewards/margins" in trainer.evaluate(new)
+        assert "attention_mask" in seen and not {"token_degrees", "degree_inputs"} & seen
 
 
 class TestOneLevel:
