@@ -120,3 +120,51 @@ class TestModelCard:
         trainer = make_trainer()
         trainer.args.output_dir += "/"
         assert card_of(trainer).data.model_name == "output"
+
+
+class TestOfSSPO:
+    OPTIONS = {
+        "stop_words": ["was", "a", "and", "with", "the", "is", "my", "not", "it"],
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 1,
+    }
+
+    @pytest.fixture
+    def card_of_sspo(self, card_of, model_path, pairs, tmp_path):
+        import trl_spo
+
+        def card(name, dataset=pairs, **options):
+            args = getattr(trl_spo, f"{name}Config")(str(tmp_path / "output"), **{**self.OPTIONS, **options})
+            return card_of(getattr(trl_spo, f"{name}Trainer")(model_path, args=args, train_dataset=dataset))
+
+        return card
+
+    @pytest.mark.parametrize(
+        ("name", "tags"), [("SSPO", ["dpo", "trl-spo", "sspo"]), ("SSPOKTO", ["kto", "trl-spo", "sspo-kto"])]
+    )
+    def test_method_and_citations(self, card_of_sspo, name, tags):
+        card = card_of_sspo(name)
+        assert card.data.tags == ["generated_from_trainer", "trl", *tags]
+        assert f"with {name.replace('OKTO', 'O-KTO')}, a method" in card.text and f"`{name}Trainer`" in card.text
+        assert "https://huggingface.co/papers/2409.17791" in card.text
+        assert "@inproceedings{li2024selfsupervised," in card.text and "@software{vonwerra2020trl," in card.text
+
+    @pytest.mark.parametrize(("name", "loss_type"), [("SSPO", "['ipo']"), ("SSPOKTO", "kto")])
+    def test_settings(self, card_of_sspo, name, loss_type):
+        options = {"num_degrees": 4, "chosen_weight": 0.3, "shared_head": True, "removal": "text", "extractor": "yake"}
+        options |= {"loss_type": ["ipo"]} if name == "SSPO" else {}
+        rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", card_of_sspo(name, **options).text, re.M))
+        expected = {
+            "loss_type": loss_type,
+            "beta": "0.1",
+            "num_degrees": "4",
+            "chosen_weight": "0.3",
+            "rejected_weight": "0.2",
+            "removal": "text",
+            "extractor": "yake",
+            "language": "en",
+            "shared_head": "True",
+        }
+        assert expected.items() <= rows.items()

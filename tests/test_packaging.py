@@ -48,15 +48,19 @@ class TestImport:
         assert float(run_python(code)) < 1
 
     def test_public_names(self):
-        trainers = ["SoftPOConfig", "SoftPOTrainer", "StablePOConfig", "StablePOTrainer"]
-        assert sorted(trl_spo.__all__) == [*trainers, "__version__"]
+        trainers = [
+            f"{name}{kind}" for name in ("SSPO", "SSPOKTO", "SoftPO", "StablePO") for kind in ("Config", "Trainer")
+        ]
+        assert sorted(trl_spo.__all__) == sorted(["DegreeHeads", *trainers, "__version__"])
         assert set(trl_spo.__all__) <= set(dir(trl_spo))
 
     def test_public_names_are_trl_classes(self):
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-        assert issubclass(trl_spo.SoftPOConfig, DPOConfig) and issubclass(trl_spo.StablePOConfig, DPOConfig)
-        assert issubclass(trl_spo.SoftPOTrainer, DPOTrainer) and issubclass(trl_spo.StablePOTrainer, DPOTrainer)
+        for name in ("SoftPO", "StablePO", "SSPO"):
+            assert issubclass(getattr(trl_spo, f"{name}Config"), DPOConfig)
+            assert issubclass(getattr(trl_spo, f"{name}Trainer"), DPOTrainer)
+        assert issubclass(trl_spo.SSPOKTOConfig, KTOConfig) and issubclass(trl_spo.SSPOKTOTrainer, KTOTrainer)
 
     def test_type_checkers_see_every_public_name(self):
         # What is imported under TYPE_CHECKING must be what `__getattr__` finds
@@ -165,7 +169,8 @@ class TestCommand:
         result = self.run("--help")
         assert time.perf_counter() - start < 3  # the interpreter's own start included
         assert result.returncode == 0
-        assert "demo" in result.stdout and "soft-po" in result.stdout
+        for command in ("demo", "soft-po", "stable-po", "sspo", "sspo-kto"):
+            assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
     def test_version(self):
         assert self.run("--version").stdout.strip() == f"trl-spo {trl_spo.__version__}"
@@ -195,10 +200,19 @@ class TestCommand:
             main(list(arguments))
         return stop.value.code, capsys.readouterr()
 
-    def test_help_of_a_training(self, capsys):
-        code, captured = self.run_here(capsys, "soft-po", "--help")
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("soft-po", ["--alpha", "--resample_steps"]),
+            ("stable-po", ["--upper_loss", "--sft_dataset_name"]),
+            ("sspo", ["--num_degrees", "--stop_words", "--loss_weights"]),
+            ("sspo-kto", ["--num_degrees", "--head_learning_rate", "--desirable_weight"]),
+        ],
+    )
+    def test_help_of_a_training(self, capsys, command, options):
+        code, captured = self.run_here(capsys, command, "--help")
         assert code == 0
-        for option in ("--alpha", "--resample_steps", "--dataset_name", "--model_name_or_path", "--learning_rate"):
+        for option in (*options, "--dataset_name", "--model_name_or_path", "--learning_rate"):
             assert option in captured.out
 
     def test_misspelled_option_of_a_training(self, capsys):
@@ -258,7 +272,15 @@ class TestDocs:
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         return page.split("\n## Options\n")[1].split("\n## ")[0]
 
-    @pytest.mark.parametrize(("name", "config"), [("soft_po", "SoftPOConfig"), ("stable_po", "StablePOConfig")])
+    @pytest.mark.parametrize(
+        ("name", "config"),
+        [
+            ("soft_po", "SoftPOConfig"),
+            ("stable_po", "StablePOConfig"),
+            ("sspo", "SSPOConfig"),
+            ("sspo", "SSPOKTOConfig"),
+        ],
+    )
     def test_every_option_stands_on_the_page_with_its_default(self, name, config):
         from dataclasses import MISSING, fields
 
@@ -266,7 +288,9 @@ class TestDocs:
         cells = {}
         for names, default in re.findall(r"^\| (.+?) \| (.+?) \|", self.options_of(name), re.MULTILINE):
             cells |= dict.fromkeys(re.findall(r"`(\w+\*?)`", names), default)
-        own = [field for field in fields(config) if field.name in config.__annotations__]
+        # What two configs share stands in a base of theirs
+        ours = [base for base in config.__mro__ if base.__module__.startswith("trl_spo.")]
+        own = [field for field in fields(config) if any(field.name in base.__annotations__ for base in ours)]
         words = {"none": None, "true": True, "false": False}
         for field in own:
             if field.name.startswith("vllm_"):
@@ -276,6 +300,14 @@ class TestDocs:
                 default = field.default if field.default is not MISSING else field.default_factory()
                 assert (words[cell] if cell in words else ast.literal_eval(cell.strip("`"))) == default, field.name
         assert set(cells) - {"vllm_*"} <= {field.name for field in own}
+
+    def test_every_extractor_and_language_stands_on_the_page(self):
+        from trl_spo.sspo.key_content import EXTRACTORS, languages
+
+        page = (ROOT / "docs" / "sspo.md").read_text(encoding="utf-8")
+        assert [name for name in EXTRACTORS if f'| `"{name}"` |' not in page] == []
+        listed = re.search(r"there are those of ([\w\s,]+)\.", page).group(1).replace(" and ", ", ")
+        assert re.split(r",\s+", listed) == list(languages())
 
     def test_every_refused_option_stands_on_the_page(self):
         from trl_spo.soft_po.soft_po_config import _DPO_ONLY_OPTIONS
@@ -290,6 +322,10 @@ class TestDocs:
             ("stable_po", []),
             ("stable_po_lora", []),
             ("stable_po_zero3", ["--accelerate_config", "zero3", "--num_processes", "8"]),
+            ("sspo", []),
+            ("sspo_lora", []),
+            ("sspo_zero3", ["--accelerate_config", "zero3", "--num_processes", "8"]),
+            ("sspo_kto", []),
         ],
     )
     def test_recipe_has_only_known_options(self, recipe, launch):
@@ -297,7 +333,7 @@ class TestDocs:
 
         from trl_spo.cli.launch import split_arguments
 
-        command = import_module(f"trl_spo.cli.{'stable_po' if recipe.startswith('stable') else 'soft_po'}")
+        command = import_module(f"trl_spo.cli.{re.sub('_(lora|zero3)$', '', recipe)}")
         arguments = ["--config", str(ROOT / "examples" / f"{recipe}.yaml")]
         assert split_arguments(command.make_parser(), arguments)[0] == launch
 

@@ -48,7 +48,7 @@ CONFIGS = {
     "rake, N = 5": {"num_degrees": 5},
     "rake, weights 1": {"chosen_weight": 1.0, "rejected_weight": 1.0},
 }
-STEPS = {"reviews": 200, "qa": 100}
+STEPS = {"reviews": 200, "qa": 60}
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the data files")
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="default: 200 for the reviews, 100 for the answers")
+    parser.add_argument("--steps", type=int, help="default: 200 for the reviews, 60 for the answers")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))

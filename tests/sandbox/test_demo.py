@@ -58,6 +58,7 @@ def test_demo(tiny_demo, tmp_path, capsys):
             assert len(re.findall(r"\d+ ± \d+ %", row)) == percents, row
             assert "nan" not in row
         assert any(line.strip().startswith("pretrained") for line in part.splitlines())
+    assert "SSPO is DPO" in parts[0]
     for file in ("reward_kl.png", "reward_entropy.png"):
         assert (tmp_path / "out" / file).read_bytes().startswith(b"\x89PNG")
 

@@ -151,6 +151,10 @@ def test_prompt_learning(make_trainer):
     [
         ({"is_fsdp_enabled": True}, "`fsdp_version: 1` is not supported"),
         ({"cp_size": 2}, "`cp_size=2` is not supported: it splits the sequences"),
+        (
+            {"num_processes": 2, "removal": "text", "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "`removal='text'` runs the model twice before each backward pass.*Set `use_reentrant` to `False`",
+        ),
         ({"optimizer": {"type": "AdamW"}}, "The DeepSpeed config has an `optimizer`.*`head_learning_rate=0.001`"),
     ],
 )
@@ -158,12 +162,18 @@ def test_setups(model, setup, message):
     """Those that this machine cannot have: what the trainer would find there."""
     plugin = SimpleNamespace(deepspeed_config={"optimizer": setup["optimizer"]} if "optimizer" in setup else {})
     trainer = SimpleNamespace(
-        args=SimpleNamespace(removal="hidden_states", head_learning_rate=1e-3),
+        args=SimpleNamespace(
+            removal=setup.get("removal", "hidden_states"),
+            head_learning_rate=1e-3,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs=setup.get("gradient_checkpointing_kwargs"),
+        ),
         model=model,
         is_fsdp_enabled=setup.get("is_fsdp_enabled", False),
         is_deepspeed_enabled="optimizer" in setup,
         accelerator=SimpleNamespace(
             is_fsdp2=False,
+            num_processes=setup.get("num_processes", 1),
             parallelism_config=SimpleNamespace(cp_size=setup.get("cp_size", 1), sp_size=1),
             state=SimpleNamespace(deepspeed_plugin=plugin),
         ),

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-`trl-spo demo`: what Soft PO and Stable PO do, and how they compare with TRL's DPO, in a few minutes on a CPU and without a
-download.
+`trl-spo demo`: what Soft PO, Stable PO and SSPO do, and how they compare with TRL's DPO, in a few minutes on a CPU and without
+a download.
 
 A tiny Llama is pretrained on stories of a template grammar whose true reward is known, it writes pairs of stories which that
 reward labels, and it is aligned on them by several trainers, with the same data, seed, learning rate and number of steps. Since
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 STORIES_LEARNING_RATE = 4e-4  # of 2e-4, 4e-4, 8e-4 and 1e-3, the best for DPO
 SUMS_LEARNING_RATE = 5e-4
 POINTS = 5  # measurements along each training, besides the one before it
+# Colours that the colour-blind tell apart too, and markers for print in black and white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +154,7 @@ def _stories_methods(max_tokens: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "SoftPO (the defaults)": ("SoftPO", {"max_completion_length": max_tokens}),
         "SoftPO (the paper's form)": ("SoftPO", {"max_completion_length": max_tokens, "calibration": "none"}),
         "StablePO (the defaults)": ("StablePO", {}),
+        "SSPO (the defaults)": ("SSPO", {}),
     }
 
 
@@ -322,7 +326,7 @@ def _print_stories(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
    above that of a sample of the pretrained model, ties counted half. KL: to the pretrained model, entropy: of the policy;
    both in nats a story, summed over the tokens, at each the exact value over the vocabulary. distinct-3: share of different
    trigrams among all. chosen: change of the log-probability of the chosen stories of held-out pairs, in nats. seconds: of
-   training, the measurements left out."""
+   training, the measurements left out. SSPO is DPO (β 0.1) that learns besides how much key content is missing in a story."""
     )
 
 
@@ -368,10 +372,7 @@ def _draw(curves: dict[str, list[dict[str, Estimate]]], output_dir: Path) -> Non
     }
     for quantity, (file, label, title) in pictures.items():
         figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-        # Colours that the colour-blind tell apart too, and markers for print in black and white
-        for (name, curve), color, marker in zip(
-            curves.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), ("o", "s", "^", "D"), strict=True
-        ):
+        for (name, curve), color, marker in zip(curves.items(), COLORS, MARKERS, strict=True):
             x, y = [point[quantity] for point in curve], [point["true reward"] for point in curve]
             axes.errorbar(
                 [e.mean for e in x],

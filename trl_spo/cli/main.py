@@ -19,10 +19,12 @@ from trl_spo import __version__
 # `add_arguments(parser)` and `run(args)`; a trainer `a-name` is the module `trl_spo.cli.a_name`, with `make_parser(prog)`
 # and `main(...)`, and is started by `accelerate launch`.
 TOOLS = {
-    "demo": "align small models with DPO, SoftPO and StablePO, on the spot, and compare them",
+    "demo": "align small models with DPO, SoftPO, StablePO and SSPO, on the spot, and compare them",
 }
 TRAINERS = {
     "soft-po": "train with SoftPOTrainer",
+    "sspo": "train with SSPOTrainer",
+    "sspo-kto": "train with SSPOKTOTrainer",
     "stable-po": "train with StablePOTrainer",
 }
 

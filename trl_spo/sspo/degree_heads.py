@@ -241,7 +241,7 @@ def _pool_shortened(
 
 
 class DegreePrediction(NamedTuple):
-    """Probabilities of the N degrees, of shape `(B, N)`, by the chosen and by the rejected head."""
+    """Probabilities of the degrees 0 to N-1, of shape `(B, N)`, by the chosen and by the rejected head."""
 
     chosen: torch.Tensor
     rejected: torch.Tensor
@@ -259,6 +259,17 @@ def predict_degrees(
 ) -> DegreePrediction:
     """
     Scores responses: how much of their key content the heads find missing, from 0 (nothing) to N-1 (all of it).
+
+    Example:
+
+    ```python
+    >>> from trl_spo import DegreeHeads
+    >>> from trl_spo.sspo import predict_degrees
+
+    >>> heads = DegreeHeads.from_pretrained("aligned")
+    >>> found = predict_degrees(model, tokenizer, heads, ["The sky is"], [" blue in the morning."])
+    >>> found.chosen.argmax(dim=1)  # the degree of each response
+    ```
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -89,14 +89,15 @@ class _DegreeConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}: {what}.")
+        if not self.trains_heads:
+            return
         if self.language not in languages():
             raise ValueError(
                 f"`language={self.language!r}` has no stop words here. Use one of {', '.join(languages())}; for another language, "
                 "pass its `stop_words` and leave `language` at its default."
             )
-        if self.trains_heads:
-            check_extractor(self.extractor)
-        if self.sync_ref_model and self.trains_heads:
+        check_extractor(self.extractor)
+        if self.sync_ref_model:
             raise ValueError(
                 "`sync_ref_model=True` is not supported with the degree heads: it copies the policy parameter by parameter, and "
                 "the reference has no heads. Set `sync_ref_model=False`."
