@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Soft PO's KL regularizer and Stable PO's penalty on models that FSDP2 shards: `fsdp2_script.py WORLD`, two processes.
+Soft PO's KL regularizer, Stable PO's penalty and SSPO's degree heads on models that FSDP2 shards: `fsdp2_script.py WORLD`, two processes.
 
 Accelerate does not admit FSDP2 on the CPU, so the models are sharded here by hand, with PyTorch's `fully_shard`, as
 Accelerate would. Each process compares its gradient with that of the whole model on all samples.
@@ -17,9 +17,10 @@ from datasets import Dataset, load_from_disk
 from soft_po_script import given_samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from trl_spo import SoftPOConfig, StablePOConfig, StablePOTrainer
+from trl_spo import SoftPOConfig, SSPOConfig, SSPOTrainer, StablePOConfig, StablePOTrainer
 from trl_spo.soft_po.online_kl import OnlineKL
 
 
@@ -66,8 +67,57 @@ def check_stable_po(world: Path) -> None:
     assert max(g.abs().max() for g in whole.values()) > 1e-1
 
 
+def degree_trainer(world: Path, rows: Dataset, args: SSPOConfig, sharded: bool) -> SSPOTrainer:
+    """With the gradients of a batch in its model."""
+    trainer = SSPOTrainer(str(world / "model"), args=args, train_dataset=rows)
+    if sharded:
+        shard(trainer.model)
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.degree_heads.parameters())
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(batch)).backward()
+    return trainer
+
+
+def check_sspo(world: Path, removal: str) -> None:
+    args = SSPOConfig(
+        "unused",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=removal == "text",
+        removal=removal,
+        stop_words=[f"w{i}" for i in range(0, 20, 3)],
+        head_hidden_size=15,  # which two processes share unequally
+    )
+    rows, rank = load_from_disk(str(world / "dataset")).select(range(8)), PartialState().process_index
+    whole = degree_trainer(world, rows, args, sharded=False)
+    sharded = degree_trainer(world, rows.select(range(4 * rank, 4 * rank + 4)), args, sharded=True)
+    expected, found = (dict(trainer.model.named_parameters()) for trainer in (whole, sharded))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name].grad.full_tensor(), expected[name].grad, rtol=1e-3, atol=1e-5)
+    assert min(p.grad.abs().max() for name, p in expected.items() if "degree_heads" in name) > 1e-3
+    metrics, ours = whole._totals["train"].pop(), sharded._totals["train"].pop()
+    for name in ("degree/key_share", "loss/degree_chosen", "loss/degree_rejected"):
+        torch.testing.assert_close(ours[name], metrics[name], rtol=1e-4, atol=1e-5)
+
+    # Written whole, and read back into the shards
+    heads = sharded._gathered_heads()
+    assert heads.keys() == whole.degree_heads.state_dict().keys()
+    for name, value in whole.degree_heads.state_dict().items():
+        assert torch.equal(heads[name], value)
+    folder = world / f"heads_{removal}_{rank}"
+    sharded.degree_heads.save_pretrained(folder, {name: value + 1 for name, value in heads.items()})
+    sharded._load_heads(str(folder))
+    for name, value in sharded._gathered_heads().items():
+        assert torch.equal(value, heads[name] + 1)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.degree_heads.parameters())
+
+
 def main(world: Path) -> None:
     check_stable_po(world)
+    for removal in ("hidden_states", "text"):
+        check_sspo(world, removal)
     check_soft_po(world)
 
 

@@ -17,7 +17,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_spo import SoftPOConfig, SoftPOTrainer, StablePOConfig, StablePOTrainer
+from trl_spo import SoftPOConfig, SoftPOTrainer, SSPOConfig, SSPOTrainer, StablePOConfig, StablePOTrainer
 
 
 SOFT_PO = {
@@ -28,6 +28,12 @@ SOFT_PO = {
     "importance_sampling_cap": 2.0,
     "max_completion_length": 8,
 }
+SSPO = {
+    "degree_sampling": "one",
+    "stop_words": [f"w{i}" for i in range(0, 20, 3)],
+    "head_hidden_size": 15,
+    "head_weight_decay": 0.1,
+}
 KINDS = {
     "full": SOFT_PO,
     "lora": SOFT_PO,
@@ -35,14 +41,20 @@ KINDS = {
     "alternating": {"bilevel": "alternating", "inner_learning_rate": 0.05, "inner_steps": 2},
     "unrolled": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
     "unrolled_lora": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
+    "sspo": SSPO,
+    "sspo_lora": SSPO,
+    "sspo_four_degrees": {**SSPO, "num_degrees": 4},
 }
 
 
 def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
     lora, deepspeed = "lora" in kind, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    config, trainer_class = (
-        (SoftPOConfig, SoftPOTrainer) if KINDS[kind] is SOFT_PO else (StablePOConfig, StablePOTrainer)
-    )
+    if KINDS[kind] is SOFT_PO:
+        config, trainer_class = SoftPOConfig, SoftPOTrainer
+    elif kind.startswith("sspo"):
+        config, trainer_class = SSPOConfig, SSPOTrainer
+    else:
+        config, trainer_class = StablePOConfig, StablePOTrainer
     args = config(
         output_dir=str(out),
         max_steps=10,
@@ -58,6 +70,9 @@ def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
         logging_steps=1,
         **KINDS[kind],
     )
+    if kind.startswith("sspo") and deepspeed and args.deepspeed_plugin.zero_stage == 3:
+        # By default ZeRO-3 keeps parameters as small as all of these whole
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     dataset = load_from_disk(str(world / "dataset"))
     sft = {"sft_dataset": dataset.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")}
     trainer = trainer_class(
@@ -68,10 +83,11 @@ def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
         **(sft if "sft" in kind else {}),
     )
     if kill_at >= 0 and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
-        step = trainer.training_step
+        step, calls = trainer.training_step, [0]
 
         def training_step(*args, **kwargs):
-            if trainer.state.global_step == kill_at and trainer._micro_step == 1:
+            calls[0] += 1
+            if trainer.state.global_step == kill_at and calls[0] % 2 == 0:  # the second micro-batch
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*args, **kwargs)
 

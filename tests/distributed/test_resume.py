@@ -4,6 +4,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,21 +31,33 @@ def run(world: Path, out: Path, kill_at: int, kind: str) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory) -> dict[str, Path]:
     outs = {}
-    for kind in ("full", "lora", "alternating", "unrolled_lora"):
+    for kind in ("full", "lora", "alternating", "unrolled_lora", "sspo", "sspo_lora"):
         outs[kind] = tmp_path_factory.mktemp(kind)
         assert run(world, outs[kind], -1, kind) == 0
     return outs
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
-    expected, found = load_file(one / name), load_file(other / name)
-    assert expected and expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    names = sorted(file.name for file in one.glob("*.safetensors"))
+    assert names and names == sorted(file.name for file in other.glob("*.safetensors"))
+    for name in names:  # the model or adapter, and the degree heads
+        expected, found = load_file(one / name), load_file(other / name)
+        assert expected and expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
 
 
 @pytest.mark.parametrize(
-    ("kind", "kill_at"), [("full", 3), ("full", 7), ("full", 8), ("lora", 5), ("alternating", 5), ("unrolled_lora", 6)]
+    ("kind", "kill_at"),
+    [
+        ("full", 3),
+        ("full", 7),
+        ("full", 8),
+        ("lora", 5),
+        ("alternating", 5),
+        ("unrolled_lora", 6),
+        ("sspo", 5),
+        ("sspo_lora", 6),
+    ],
 )
 def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
     out = tmp_path / "run"
@@ -67,7 +80,15 @@ def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("backend", "kind"),
-    [("ddp", "unrolled_lora"), ("zero2", "unrolled"), ("zero3", "alternating"), ("zero3", "penalty_sft")],
+    [
+        ("ddp", "unrolled_lora"),
+        ("zero2", "unrolled"),
+        ("zero3", "alternating"),
+        ("zero3", "penalty_sft"),
+        ("ddp", "sspo"),
+        ("zero2", "sspo"),
+        ("zero3", "sspo_lora"),
+    ],
 )
 def test_kill_and_resume_in_two_processes(world, launch, tmp_path, backend, kind):
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -77,6 +98,23 @@ def test_kill_and_resume_in_two_processes(world, launch, tmp_path, backend, kind
     assert (out / "checkpoint-4").is_dir() and not (out / "checkpoint-6").exists()
     launch(backend, SCRIPT, str(world), str(out), "-1", kind)
     assert_same_weights(whole / "final", out / "final")
+    assert kind.startswith("sspo") == (out / "final" / "sspo_heads.safetensors").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("backend", "kind", "missing", "error"),
+    [
+        ("zero2", "sspo_four_degrees", None, "num_degrees=4"),
+        ("zero3", "sspo", "sspo_heads.safetensors", "has no sspo_heads.safetensors"),
+    ],
+)
+def test_other_degree_heads_are_refused(world, uninterrupted, launch, tmp_path, backend, kind, missing, error):
+    out = shutil.copytree(uninterrupted["sspo"], tmp_path / "run", ignore=shutil.ignore_patterns("optimizer.pt"))
+    if missing:
+        (out / "checkpoint-10" / missing).unlink()
+    with pytest.raises(AssertionError, match=error):
+        launch(backend, SCRIPT, str(world), str(out), "-1", kind)
 
 
 def test_without_the_samples_it_says_so(world, tmp_path):

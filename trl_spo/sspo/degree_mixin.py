@@ -110,6 +110,15 @@ class DegreeMixin:
                 "The DeepSpeed config has an `optimizer`, whose learning rate would be that of the degree heads too, and not "
                 f"`head_learning_rate={args.head_learning_rate}`. Remove it from the DeepSpeed config, and set `optim`."
             )
+        spread = self.is_deepspeed_enabled or self.accelerator.num_processes > 1
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if args.removal == "text" and reentrant and spread:
+            raise ValueError(
+                "`removal='text'` runs the model twice before each backward pass, and the gradients of reentrant gradient "
+                "checkpointing then come in twice, which DDP and DeepSpeed do not admit. Set `use_reentrant` to `False` in "
+                "`gradient_checkpointing_kwargs`. With PEFT and ZeRO-3, where TRL sets it to `True`, use ZeRO-2, "
+                "`gradient_checkpointing=False` or `removal='hidden_states'`."
+            )
         if args.removal == "text" and is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "`removal='text'` is not supported with prompt-learning PEFT, whose virtual tokens the shortened texts would not "
@@ -355,6 +364,6 @@ class DegreeMixin:
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        settings = ("loss_type", "beta", "num_degrees", "chosen_weight", "rejected_weight", "removal", "extractor")
-        settings += ("language", "shared_head")
+        settings = ("loss_type", "beta", "num_degrees", "chosen_weight", "rejected_weight", "degree_sampling")
+        settings += ("removal", "extractor", "language", "shared_head")
         save_model_card(self, model_name, dataset_name, tags, {name: getattr(self.args, name) for name in settings})
