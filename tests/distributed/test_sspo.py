@@ -27,10 +27,7 @@ SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 HEADS = "sspo_heads.safetensors"
 # ZeRO-1 and 2 share their optimizer
-RUNS = {
-    backend: SCENARIOS if backend != "zero1" else ["default", "text", "decayed_heads", "lora_best"]
-    for backend in TYPES
-}
+RUNS = {backend: SCENARIOS if backend != "zero1" else ["default", "decayed_heads"] for backend in TYPES}
 EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
 ALL_BUT_ZERO1 = [backend for backend in TYPES if backend != "zero1"]
 

@@ -298,7 +298,13 @@ class TestOptimizer:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_low_precision(self, make_trainer, heads_of, dtype):
-        trainer = make_trainer(bf16=True, model_init_kwargs={"dtype": dtype})
+        trainer = make_trainer(
+            bf16=True,
+            model_init_kwargs={"dtype": dtype},
+            optim="adamw_torch_fused",
+            head_learning_rate=1e-3,
+            max_grad_norm=1.0,
+        )
         before = heads_of(trainer)
         trainer.train()
         assert all(p.dtype == torch.float32 for p in trainer.degree_heads.parameters())

@@ -4,7 +4,8 @@
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ def add_degrees(
     language: str,
     stop_words: Sequence[str] | None,
     seed: int,
+    special_ids: Collection[int],
+    versions: Collection[str] = (),
 ) -> dict[str, Any]:
     """
     The degrees of the tokens of an example that TRL has tokenized.
@@ -46,23 +49,34 @@ def add_degrees(
             Words in the place of the language's stop words.
         seed (`int`):
             Seed of the extractor `"random"`.
+        special_ids (`Collection[int]`):
+            Tokens that are not content, see [`special_token_ids`].
+        versions (`Collection[str]`, *optional*):
+            Of the packages that the result depends on. They are not read: `datasets` keeps a result for as long as the function's
+            name and arguments are the same.
 
     Returns:
         `dict[str, Any]`: for each column `*_degrees` (`list[int]`, one for each of `*_ids`) and `*_key_tokens` (how many are not 0).
     """
     output = {}
+    unknown = tokenizer.unk_token_id
     for column in columns:
         text, spans, offsets = _locate(example, column, tokenizer)
-        start, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-        content = "\n" * (end - start)  # what is between the messages ends the phrases
+        # What is not the response's own ends the phrases: the prompt, the template, other roles' messages, special tokens
+        content, is_own = ["\n"] * len(text), bytearray(len(text))
         for left, right in spans:
-            content = content[: left - start] + text[left:right] + content[right - start :]
-        ids, special = example[f"{column}_ids"], _special_ids(tokenizer)
+            content[left:right] = text[left:right]
+            is_own[left:right] = b"\1" * (right - left)
+        for token, (left, right) in zip(example["prompt_ids"] + example[f"{column}_ids"], offsets, strict=True):
+            # A word that the tokenizer does not know is content all the same
+            if token in special_ids and (token != unknown or text[left:right].strip() == tokenizer.unk_token):
+                content[left:right] = "\n" * (right - left)
+                is_own[left:right] = bytes(right - left)
+        start, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        content = "".join(content[start:end])
         inside = [
-            (max(left, start) - start, min(right, end) - start)
-            if token not in special and any(left < e and s < right for s, e in spans)
-            else (0, 0)
-            for (left, right), token in zip(offsets, ids, strict=True)
+            (max(left - start, 0), right - start) if is_own.find(1, left, right) >= 0 else (0, 0)
+            for left, right in offsets[len(example["prompt_ids"]) :]
         ]
         phrases = key_phrases(content, "rake" if extractor == "random" else extractor, language, stop_words)
         degrees = token_degrees(inside, phrases, num_degrees)
@@ -73,54 +87,82 @@ def add_degrees(
     return output
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    # A word that the tokenizer does not know is content all the same
-    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens of a tokenizer, also those that have no name such as `eos_token`."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def _locate(
     example: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
-    """The text as it was tokenized, where in it the response's own words are, and where the tokens of the response are."""
+    """The text as it was tokenized, where in it the response's own words are, and where its tokens are."""
     prompt, completion = example["prompt"], example[column]
     if is_conversational(example):
         tools = example.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         kwargs = {"tools": tools, **example.get("chat_template_kwargs", {})}
-        text = tokenizer.apply_chat_template(prompt + completion, tokenize=False, **kwargs)
+
+        def render(completion):
+            return tokenizer.apply_chat_template(prompt + completion, tokenize=False, **kwargs)
+
+        text = render(completion)
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = _message_spans(text, completion, column, render)
     else:
         text = prompt + completion
         encoding = tokenizer(text, return_offsets_mapping=True)
+        spans = [(len(prompt), len(text))] if completion else []
     if encoding["input_ids"] != example["prompt_ids"] + example[f"{column}_ids"]:
         raise ValueError(
             f"The tokens in `prompt_ids` and `{column}_ids` are not those of the text in `prompt` and `{column}`, which begins "
             f"with {text[:80]!r}: the places of its key phrases cannot be known. Let the trainer tokenize, and pass it the "
             "tokenizer itself, not a processor."
         )
-    offsets = encoding["offset_mapping"][len(example["prompt_ids"]) :]
-    if not is_conversational(example):
-        end = len(text) - len(tokenizer.eos_token) if text.endswith(tokenizer.eos_token) else len(text)
-        return text, [(len(prompt), end)] if end > len(prompt) else [], offsets
+    return text, spans, encoding["offset_mapping"]
 
-    spans, cursor = [], offsets[0][0] if offsets else len(text)
+
+def _message_spans(
+    text: str, completion: list[dict[str, Any]], column: str, render: Callable[[list[dict[str, Any]]], str]
+) -> list[tuple[int, int]]:
+    """
+    Where the assistant's words are in the text that the chat template makes of a completion. A search for them would find them in the
+    template or in another message too. So the completion is rendered again, with a marker after each of them.
+    """
+    marker = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+    parts = []
+
+    def mark(part: str) -> str:
+        end = len(part.rstrip())
+        if end == 0:
+            return part
+        parts.append(part.strip())
+        return part[:end] + marker + part[end:]
+
+    marked = []
     for message in completion:
-        if message["role"] != "assistant":
-            continue
-        content = message.get("content") or ""
-        parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-        for part in (part.strip() for part in parts):
-            place = text.find(part, cursor)
-            if place < 0:
-                raise ValueError(
-                    f"The chat template changes the text of `{column}`, so that its key phrases have no places: {part[:80]!r} "
-                    f"is not in {text[cursor : cursor + 120]!r}. Use a template that renders the content of a message as it is, "
-                    "or write the content as the template renders it."
-                )
-            if part:
-                spans.append((place, place + len(part)))
-            cursor = place + len(part)
-    return text, spans, offsets
+        content = message.get("content")
+        if message["role"] == "assistant" and content:
+            if isinstance(content, str):
+                content = mark(content)
+            else:
+                content = [{**part, "text": mark(part["text"])} if part.get("text") else part for part in content]
+            message = {**message, "content": content}
+        marked.append(message)
+
+    spans, pieces, end = [], render(marked).split(marker), 0
+    if len(pieces) == len(parts) + 1 and "".join(pieces) == text:
+        for part, piece in zip(parts, pieces, strict=False):
+            end += len(piece)
+            if text.endswith(part, 0, end):
+                spans.append((end - len(part), end))
+    if len(spans) < len(parts):
+        raise ValueError(
+            f"The chat template changes the text of `{column}`, so that its key phrases have no places: it makes {text[-200:]!r} "
+            f"of {parts[-1][-80:]!r}. Use a template that renders the content of a message as it is, or write the content as the "
+            "template renders it."
+        )
+    return spans
 
 
 def map_degrees(
@@ -130,6 +172,8 @@ def map_degrees(
     map_kwargs = {}
     if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
         map_kwargs = {"num_proc": num_proc, "desc": f"Extracting key content from {name} dataset"}
+    kwargs["special_ids"] = sorted(special_token_ids(kwargs["tokenizer"]))
+    kwargs["versions"] = [version(package) for package in ("trl-spo", "stop-words", "rake-nltk")]
     with global_then_local_main_first():
         return dataset.map(add_degrees, fn_kwargs=kwargs, **map_kwargs)
 
@@ -156,16 +200,19 @@ class DegreeCollator:
         batch = self.collator(examples)
         mask = batch["completion_mask"]
         degrees = torch.zeros_like(mask)
-        rows = [example[f"{column}_degrees"] for column in self.columns for example in examples]
-        for i, row in enumerate(rows):
+        rows = [
+            (example[f"{column}_ids"], example[f"{column}_degrees"]) for column in self.columns for example in examples
+        ]
+        for i, (ids, row) in enumerate(rows):
             places = mask[i].nonzero().squeeze(1)
-            if len(places) > len(row):
+            kept = slice(len(places)) if self.truncation_mode == "keep_start" else slice(len(row) - len(places), None)
+            if batch["input_ids"][i, places].tolist() != ids[kept]:
                 raise ValueError(
-                    f"The data collator made {len(places)} tokens of a completion that has {len(row)}: the degrees of its tokens "
-                    "have no places. Use TRL's collator, or one that only pads and truncates."
+                    f"The data collator made {len(places)} tokens of a completion that has {len(ids)}, and they are not the "
+                    f"{'first' if self.truncation_mode == 'keep_start' else 'last'} of them: the degrees of its tokens have no places. "
+                    "Use TRL's collator, or one that only pads and truncates."
                 )
-            kept = row[: len(places)] if self.truncation_mode == "keep_start" else row[len(row) - len(places) :]
-            degrees[i, places] = torch.tensor(kept, dtype=degrees.dtype)
+            degrees[i, places] = torch.tensor(row[kept], dtype=degrees.dtype)
         batch["token_degrees"] = degrees
         return batch
 

@@ -8,6 +8,7 @@ tokens. Degree i of N drops the tokens of the best i/(N-1) of the phrases; degre
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,9 +21,15 @@ EXTRACTORS = ("rake", "yake", "position_rank", "random")
 # The packages of the extractors that the installation does not bring, all of them in the extra `keywords`
 _PACKAGES = {"yake": ("yake",), "position_rank": ("networkx", "scipy")}
 
-# A word; a character by itself in the scripts that write words without spaces between them; or a mark
-_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’\-][^\W_{_CJK}]+)*|[^\w\s]|_")
+# The scripts that write words without spaces between them
+_CJK = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+# What belongs to the letter before it: accents, vowel signs of the Indian scripts, (non-)joiners, the soft hyphen
+_COMBINING = "\u00ad\u200c\u200d" + "".join(
+    chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M")
+)
+_LETTERS = rf"(?:[^\W_{_CJK}]+[{_COMBINING}]*)+"
+# A word; a character by itself in the scripts without spaces; or a mark
+_WORD = rf"{_LETTERS}(?:['’\-\u2010\u2011]{_LETTERS})*|[{_CJK}][{_COMBINING}]*|[^\w\s]|_"
 
 
 class KeyPhrase(NamedTuple):
@@ -34,7 +41,7 @@ class KeyPhrase(NamedTuple):
 
 
 class _Word(NamedTuple):
-    text: str  # in lower case
+    text: str  # as `_plain` writes it
     start: int
     end: int
     breaks: bool  # whether no phrase goes on from the word before, because a line ends between them
@@ -57,23 +64,32 @@ def languages() -> tuple[str, ...]:
     return tuple(sorted(LANGUAGE_MAPPING))
 
 
+@lru_cache(maxsize=100_000)
+def _plain(word: str) -> str:
+    """What is the same for all ways to write a word: capitals, composed letters, apostrophes and hyphens."""
+    return re.sub("['’\u2010\u2011]", "-", unicodedata.normalize("NFC", word.lower()))
+
+
 @lru_cache(maxsize=8)
-def _stop_words(language: str) -> frozenset[str]:
+def _stop_words(language: str, given: tuple[str, ...] | None) -> tuple[frozenset[str], re.Pattern]:
+    """The stop words, and the pattern of the words of a text."""
     from stop_words import get_stop_words
 
-    return frozenset(get_stop_words(language))
+    # In the package's list of Hebrew, the words are in quotes, with commas after them
+    words = [word.strip('",') for word in get_stop_words(language)] if given is None else given
+    stops = frozenset(map(_plain, words))
+    # Without spaces, a stop word of several characters is seen only if it is looked for
+    several = sorted((word for word in stops if re.fullmatch(f"[{_CJK}]{{2,}}", word)), key=len, reverse=True)
+    return stops, re.compile("|".join([*several, _WORD]))
 
 
-def _words(text: str) -> list[_Word]:
+def _words(text: str, pattern: re.Pattern) -> list[_Word]:
     words, end = [], 0
-    for match in _WORD.finditer(text):
-        words.append(_Word(match.group().lower(), match.start(), match.end(), "\n" in text[end : match.start()]))
+    for match in pattern.finditer(text):
+        start = match.start()
+        words.append(_Word(_plain(match.group()), start, match.end(), "\n" in text[end:start]))
         end = match.end()
     return words
-
-
-def _is_mark(word: str) -> bool:
-    return not any(character.isalnum() for character in word)
 
 
 def key_phrases(
@@ -91,20 +107,22 @@ def key_phrases(
         language (`str`, *optional*, defaults to `"en"`):
             Code of the language, one of [`languages`], of the stop words.
         stop_words (`Sequence[str]`, *optional*):
-            Words in the place of the language's stop words, in lower case.
+            Words in the place of the language's stop words.
 
     Returns:
         `list[KeyPhrase]`: each with all its places. Empty if the text has only stop words and marks.
     """
-    stops = _stop_words(language) if stop_words is None else frozenset(stop_words)
-    words = _words(text)
+    stops, pattern = _stop_words(language, None if stop_words is None else tuple(stop_words))
+    words = _words(text, pattern)
+    # A word starts with a letter or a digit, a mark does not
+    content = [word.text if word.text[0].isalnum() and word.text not in stops else None for word in words]
     match extractor:
         case "rake":
-            scores = _rake(words, stops)
+            scores = _rake(_candidates(words, content))
         case "yake":
-            scores = _yake(text, language, stops)
+            scores = _yake(text, language, stops, pattern)
         case "position_rank":
-            scores = _position_rank(words, stops)
+            scores = _position_rank(_candidates(words, content), content) if any(content) else {}
         case _:
             raise ValueError(f"Unknown extractor: {extractor!r}. Should be one of {list(EXTRACTORS[:-1])}.")
     starts: dict[str, list[int]] = {}
@@ -112,72 +130,72 @@ def key_phrases(
         starts.setdefault(word.text, []).append(i)
     phrases = []
     for phrase, score in scores.items():
+        places = (words[i : i + len(phrase)] for i in starts.get(phrase[0], ()))
         spans = [
-            (words[i].start, words[i + len(phrase) - 1].end)
-            for i in starts.get(phrase[0], ())
-            if tuple(word.text for word in words[i : i + len(phrase)]) == phrase
+            (place[0].start, place[-1].end)
+            for place in places
+            if tuple(word.text for word in place) == phrase and not any(word.breaks for word in place[1:])
         ]
         if spans:
             phrases.append(KeyPhrase(text[slice(*spans[0])], score, spans))
     return sorted(phrases, key=lambda phrase: (-phrase.score, phrase.spans[0]))
 
 
-def _rake(words: list[_Word], stops: frozenset[str]) -> dict[tuple[str, ...], float]:
+def _candidates(words: list[_Word], content: list[str | None]) -> list[list[str]]:
+    """The longest rows of words within a line that are neither stop words nor marks."""
+    phrases, last = [], None
+    for word, text in zip(words, content, strict=True):
+        if text is not None:
+            if last is None or word.breaks:
+                phrases.append([])
+            phrases[-1].append(text)
+        last = text
+    return phrases
+
+
+def _rake(candidates: list[list[str]]) -> dict[tuple[str, ...], float]:
     from rake_nltk import Rake
 
-    tokens = []
-    for word in words:
-        tokens += ["."] * word.breaks + ["." if _is_mark(word.text) else word.text]
-    # With what it would otherwise download; an empty set of stop words would be none given
-    rake = Rake(
-        stopwords=set(stops) | {"."},
-        punctuations={"."},
-        sentence_tokenizer=lambda text: [text],
-        word_tokenizer=lambda text: tokens,
-    )
-    rake.extract_keywords_from_text("")
+    # With what it would otherwise download. The candidates have no stop words any more, but none would be none given
+    rake = Rake(stopwords={"."}, punctuations={"."}, word_tokenizer=list)
+    rake.extract_keywords_from_sentences(candidates)
     return {tuple(phrase.split(" ")): score for score, phrase in rake.get_ranked_phrases_with_scores()}
 
 
-def _yake(text: str, language: str, stops: frozenset[str]) -> dict[tuple[str, ...], float]:
+def _yake(text: str, language: str, stops: frozenset[str], pattern: re.Pattern) -> dict[tuple[str, ...], float]:
     from yake import KeywordExtractor
 
-    extractor = KeywordExtractor(lan=language, n=3, top=10_000, stopwords=set(stops))
+    extractor = KeywordExtractor(lan=language, n=3, top=10_000, stopwords=stops)
+    # It takes words apart at apostrophes and accents, and reads over the ends of lines, but not over marks
+    text = unicodedata.normalize("NFC", text).replace("\n", " . ")
+    text = re.sub(r"(?<=\w)['’\u2010\u2011](?=\w)", "-", text)
     scores = {}
     for phrase, score in extractor.extract_keywords(text):
-        words = tuple(word.text for word in _words(phrase))
+        words = tuple(word.text for word in _words(phrase, pattern))
         if words:
-            scores[words] = -score  # its best has the lowest score
+            scores[words] = -float(score)  # its best has the lowest score
     return scores
 
 
-def _position_rank(words: list[_Word], stops: frozenset[str], window: int = 3) -> dict[tuple[str, ...], float]:
+def _position_rank(
+    candidates: list[list[str]], content: list[str | None], window: int = 3
+) -> dict[tuple[str, ...], float]:
     """PageRank on the words that occur near each other, drawn to those that come early."""
     import networkx
 
-    content = [None if _is_mark(word.text) or word.text in stops else word.text for word in words]
     graph, early = networkx.Graph(), {}
-    for i, word in enumerate(content):
+    for place, word in enumerate(content):
         if word is None:
             continue
-        early[word] = early.get(word, 0.0) + 1 / (i + 1)
+        early[word] = early.get(word, 0.0) + 1 / (place + 1)
         graph.add_node(word)
-        for other in content[i + 1 : i + window]:
+        for other in content[place + 1 : place + window]:
             if other is not None and other != word:
                 weight = graph.get_edge_data(word, other, {"weight": 0})["weight"]
                 graph.add_edge(word, other, weight=weight + 1)
-    if not early:
-        return {}
     rank = networkx.pagerank(graph, personalization=early)
-    phrases, phrase = {}, []
     # Without a tagger of parts of speech, the candidates are those of RAKE
-    for word, breaks in [*zip(content, (word.breaks for word in words), strict=True), (None, True)]:
-        if phrase and (word is None or breaks):
-            phrases[tuple(phrase)] = sum(rank[w] for w in phrase)
-            phrase = []
-        if word is not None:
-            phrase.append(word)
-    return phrases
+    return {tuple(phrase): sum(rank[word] for word in phrase) for phrase in candidates}
 
 
 def token_degrees(offsets: Sequence[tuple[int, int]], phrases: Sequence[KeyPhrase], num_degrees: int) -> list[int]:
@@ -199,15 +217,13 @@ def token_degrees(offsets: Sequence[tuple[int, int]], phrases: Sequence[KeyPhras
     Returns:
         `list[int]`: from 0 to N-1.
     """
-    degree_at: dict[int, int] = {}
+    degree_at = [num_degrees] * max((end for phrase in phrases for _, end in phrase.spans), default=0)
     for rank, phrase in reversed(list(enumerate(phrases))):  # the best last, which overwrites
         degree = rank * (num_degrees - 1) // len(phrases) + 1
         for start, end in phrase.spans:
-            degree_at.update(dict.fromkeys(range(start, end), degree))
-    return [
-        min((degree_at[place] for place in range(start, end) if place in degree_at), default=0)
-        for start, end in offsets
-    ]
+            degree_at[start:end] = [degree] * (end - start)
+    # N stands for none
+    return [min(degree_at[start:end], default=num_degrees) % num_degrees for start, end in offsets]
 
 
 def shuffled_degrees(
