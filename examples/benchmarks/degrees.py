@@ -140,10 +140,13 @@ def work(job: dict) -> None:
     print(f"{path.stem}: " + " ".join(f"{result['metrics'].get(name, math.nan):.3f}" for name in shown), flush=True)
 
 
-def check_same_settings(path: Path, args: argparse.Namespace) -> None:
+def check_same_settings(path: Path, args: argparse.Namespace, options: dict) -> None:
     """Exits if a result that is there was measured with other options than those of now."""
-    before = json.loads(path.read_text())["args"]
-    for name in ("steps", "batch_size", "learning_rate"):
+    result = json.loads(path.read_text())
+    if result["options"] != options:
+        sys.exit(f"{path} was measured with {result['options']}, and now it is {options}. Use another `--output_dir`.")
+    before = result["args"]
+    for name in ("model", "data", "steps", "batch_size", "learning_rate"):
         if before[name] != getattr(args, name):
             sys.exit(
                 f"{path} was measured with `--{name} {before[name]}`, and now it is {getattr(args, name)}. Use another "
@@ -271,7 +274,7 @@ def main() -> None:
         for seed, name in itertools.product(args.seeds, args.configs):
             path = folder / f"{args.setting},{name.replace(' ', '')},seed={seed}.json"
             if path.exists():
-                check_same_settings(path, args)
+                check_same_settings(path, args, CONFIGS[name])
             else:
                 options = CONFIGS[name]
                 jobs.append({"name": name, "options": options, "seed": seed, "path": str(path), "args": vars(args)})

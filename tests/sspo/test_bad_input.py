@@ -32,6 +32,7 @@ BAD_OPTIONS = [
     ({"removal": "tokens"}, r"`removal` must be one of \['hidden_states', 'text'\], got 'tokens'"),
     ({"degree_sampling": "two"}, r"`degree_sampling` must be one of \['all', 'one'\], got 'two'"),
     ({"language": "xx"}, r"`language='xx'` has no stop words here. Use one of ar, .*pass its `stop_words`"),
+    ({"stop_words": "was"}, r"`stop_words` must be a list of words, got 'was'. Use `\['was'\]`"),
     ({"sync_ref_model": True}, r"`sync_ref_model=True` is not supported with the degree heads.*Set `sync_ref_model=F"),
     ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["q"]}, r"`optim='galore_adamw_layerwise'` is not s"),
 ]
@@ -171,6 +172,7 @@ def test_setups(model, setup, message):
         model=model,
         is_fsdp_enabled=setup.get("is_fsdp_enabled", False),
         is_deepspeed_enabled="optimizer" in setup,
+        lr_scheduler=None,
         accelerator=SimpleNamespace(
             is_fsdp2=False,
             num_processes=setup.get("num_processes", 1),
@@ -180,6 +182,13 @@ def test_setups(model, setup, message):
     )
     with pytest.raises(ValueError, match=message):
         DegreeMixin._check_setup(trainer)
+
+
+def test_a_scheduler_of_the_users(make_trainer, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match=r"`optimizers` has a scheduler.*Pass `optimizers=\(optimizer, None\)`"):
+        make_trainer({"model": model, "optimizers": (optimizer, scheduler)})
 
 
 def test_custom_collator_that_changes_the_responses(make_trainer):
@@ -221,6 +230,11 @@ class TestResume:
         DegreeHeads(32, 3, 8).save_pretrained(checkpoint)
         with pytest.raises(ValueError, match=r"were made with `hidden_size=32`, and now `hidden_size=16`"):
             make_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+    def test_mistyped(self, make_trainer, tmp_path):
+        """It is not looked for on the Hub."""
+        with pytest.raises(ValueError, match="Can't find a valid checkpoint at"):
+            make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpiont-1"))
 
     def test_none_there(self, make_trainer):
         with pytest.raises(ValueError, match="No valid checkpoint found"):

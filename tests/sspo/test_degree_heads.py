@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_spo import DegreeHeads
 from trl_spo.losses import degree_loss, removal_mask
 from trl_spo.sspo import predict_degrees
-from trl_spo.sspo.degree_heads import add_degree_heads, pool_states, sinusoidal_encoding
+from trl_spo.sspo.degree_heads import _INPUT_NORM, add_degree_heads, pool_states, sinusoidal_encoding
 
 
 ARCHITECTURES = [
@@ -140,6 +140,7 @@ def forward(model, batch):
 
 def head_logits(heads, pooled, chosen):
     head = heads.chosen if chosen or heads.rejected is None else heads.rejected
+    pooled = _INPUT_NORM * pooled / pooled.square().sum().sqrt().clamp(min=1e-12)
     hidden = pooled @ head[0].weight.T + head[0].bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     return hidden @ head[2].weight.T + head[2].bias
@@ -292,6 +293,25 @@ class TestLearning:
         pooled = pool_states(states, removal_mask(degrees, completion, levels))
         assert learned(pooled[:300], levels[:300], pooled[300:], levels[300:], 3) == 1.0
 
+    @pytest.mark.parametrize("scale", [0.1, 3.0])
+    def test_of_a_large_model(self, scale):
+        """With Adam at the default learning rate: neither do the heads blow up, nor does their gradient fill the norm for clipping."""
+        torch.manual_seed(0)
+        size, rows = 4096, 64
+        classes = torch.randn(3, size)
+        pooled = scale * (0.5 * classes.expand(rows, -1, -1) + torch.randn(rows, 3, size))
+        levels = torch.arange(3).expand(rows, -1)
+        heads = DegreeHeads(size)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = 0.2 * degree_loss(heads(pooled)[0], levels).mean()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in heads.parameters() if p.grad is not None])
+            assert loss < 0.2 * 1.2 and norm < 0.5
+            optimizer.step()
+        assert (heads(pooled)[0].argmax(2) == levels).float().mean() > 0.95
+
     def test_shuffled_labels_stay_at_chance(self, data):
         states, completion, degrees, levels = data
         pooled = pool_states(states, removal_mask(degrees, completion, levels))
@@ -326,7 +346,22 @@ class TestPrediction:
         found = predict_degrees(model, tokenizer, heads, prompts, responses)
         assert found.chosen.shape == (3, 3)
 
+    def test_tools(self, model, tokenizer):
+        prompts, responses = (
+            [[{"role": "user", "content": "the film"}]],
+            [[{"role": "assistant", "content": "was great"}]],
+        )
+        heads, tools = DegreeHeads(16, 3, 8), [{"name": "w"}]
+        plain = predict_degrees(model, tokenizer, heads, prompts, responses)
+        assert not torch.equal(
+            predict_degrees(model, tokenizer, heads, prompts, responses, tools=tools).chosen, plain.chosen
+        )
+
     def test_mistakes(self, model, tokenizer):
+        with pytest.raises(ValueError, match="0 `prompts` and 0 `responses`"):
+            predict_degrees(model, tokenizer, DegreeHeads(16), [], [])
+        with pytest.raises(ValueError, match="are in different formats. Pass two texts"):
+            predict_degrees(model, tokenizer, DegreeHeads(16), ["a"], [[{"role": "assistant", "content": "b"}]])
         with pytest.raises(ValueError, match="3 `prompts` and 2 `responses`"):
             predict_degrees(model, tokenizer, DegreeHeads(16), self.PROMPTS, self.RESPONSES[:2])
         with pytest.raises(ValueError, match="hidden states of size 8, and those of the model have 16"):

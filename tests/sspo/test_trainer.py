@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from trl_spo import DegreeHeads
 from trl_spo.sspo import predict_degrees
+from trl_spo.sspo.degree_heads import _INPUT_NORM
 
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -68,6 +69,7 @@ def degree_losses(model, heads, rows, columns, num_degrees, removal="hidden_stat
                 states = model.base_model(torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) :]
                 states = states[torch.tensor(left)]
             pooled = torch.stack([state + encoding(i, len(state)) for i, state in enumerate(states)]).mean(0)
+            pooled = _INPUT_NORM * pooled / pooled.square().sum().sqrt()
             head = heads.chosen if chosen or heads.rejected is None else heads.rejected
             logits = F.linear(F.gelu(F.linear(pooled, head[0].weight, head[0].bias)), head[2].weight, head[2].bias)
             total += F.cross_entropy(logits, torch.tensor(level)) / num_degrees
@@ -264,6 +266,21 @@ class TestOptimizer:
         assert [group["initial_lr"] for group in optimizer.param_groups] == [0.01, 0.5]
         assert not equal(before, heads_of(trainer))
 
+    def test_that_takes_all_parameters(self, make_trainer, monkeypatch):
+        """As GaLore and APOLLO do, whether or not they want a gradient; also when the training goes on."""
+
+        def get(args, model=None):
+            names = [name for name, _ in model.named_parameters()]
+            return torch.optim.SGD, {"params": [{"params": [model.get_parameter(name) for name in names]}], "lr": 0.05}
+
+        monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(get))
+        trainer = make_trainer()
+        for _ in range(2):
+            trainer.train()
+            policy, heads = trainer.optimizer.param_groups
+            assert {id(p) for p in heads["params"]} == {id(p) for p in trainer.degree_heads.parameters()}
+            assert (policy["lr"], heads["lr"]) == (0.05, 0.5) and len(policy["params"]) == 21
+
     def test_the_draws_of_the_heads_are_their_own(self, make_trainer):
         torch.manual_seed(3)
         first = make_trainer(seed=1).degree_heads.state_dict()
@@ -345,6 +362,7 @@ class TestOneLevel:
         """Over the steps, the loss of a drawn level is that of all of them."""
         every, one = make_trainer(), make_trainer(degree_sampling="one")
         rows = list(one.train_dataset)
+        one.model.train()  # an evaluation takes all of them
         expected = every.compute_loss(every.model, batch_of(every, rows)).item()
         found = []
         for step in range(300):

@@ -28,6 +28,10 @@ WEIGHTS_FILE = "sspo_heads.safetensors"
 CONFIG_FILE = "sspo_heads.json"
 # Name of the heads in the model that they are attached to
 ATTRIBUTE = "degree_heads"
+# Length of what the MLPs read, whatever the size and the scale of the model's states. Of the states themselves, a step of Adam
+# would move the heads of a model of 7B parameters a hundred times as far as those of a tiny one, and their gradient would fill
+# the norm that the policy's is clipped together with
+_INPUT_NORM = 8.0
 
 
 def sinusoidal_encoding(length: int, size: int, device: torch.device | None = None) -> torch.Tensor:
@@ -67,7 +71,7 @@ def pool_states(hidden_states: torch.Tensor, masks: torch.Tensor) -> torch.Tenso
 class DegreeHeads(nn.Module):
     """
     The classifiers of degrees of Self-supervised Preference Optimization (arXiv 2409.17791): one for chosen and one for rejected
-    responses, each an MLP of two layers on the mean state of a response.
+    responses, each an MLP of two layers on the direction of the mean state of a response.
 
     Args:
         hidden_size (`int`):
@@ -108,7 +112,7 @@ class DegreeHeads(nn.Module):
         """
         # The heads are small: they run in their own precision
         with torch.autocast(pooled.device.type, enabled=False):
-            pooled = pooled.to(self.chosen[0].weight.dtype)
+            pooled = (_INPUT_NORM * F.normalize(pooled, dim=-1)).to(self.chosen[0].weight.dtype)
             chosen = self.chosen(pooled)
             return chosen, chosen if self.rejected is None else self.rejected(pooled)
 
@@ -208,7 +212,7 @@ def add_degree_heads(model: PreTrainedModel, heads: DegreeHeads, removal: str = 
         pooled = pool_states(states.pop()[:, -mask.size(1) :].to(mask.device), masks)
         if removal == "text":
             pooled = _pool_shortened(self, degree_inputs, masks, pooled)
-        chosen, rejected = self.degree_heads(pooled)
+        chosen, rejected = getattr(self, ATTRIBUTE)(pooled)
         logits = torch.where(degree_inputs["is_chosen"].view(-1, 1, 1), chosen, rejected).float()
         return DegreeCausalLMOutput(**outputs, degree_logits=logits)
 
@@ -234,7 +238,6 @@ def _pool_shortened(
     order = torch.argsort(~reads, dim=1, stable=True)[:, : int(reads.sum(dim=1).max())]
     ids = inputs["input_ids"].repeat_interleave(k, dim=0).gather(1, order)
     reads, left = reads.gather(1, order), left.gather(1, order)
-    ids = ids.masked_fill(~reads, model.config.get_text_config().pad_token_id or 0)
     states = model.base_model(input_ids=ids, attention_mask=reads.long(), use_cache=False).last_hidden_state
     shortened = pool_states(states.to(left.device), left.unsqueeze(1)).view(batch, k, -1)
     return torch.cat([pooled[:, :first], shortened], dim=1)
@@ -256,6 +259,7 @@ def predict_degrees(
     responses: Sequence[str | list[dict[str, str]]],
     batch_size: int = 8,
     max_length: int | None = None,
+    **apply_chat_template_kwargs: Any,
 ) -> DegreePrediction:
     """
     Scores responses: how much of their key content the heads find missing, from 0 (nothing) to N-1 (all of it).
@@ -286,22 +290,30 @@ def predict_degrees(
             Responses per forward pass.
         max_length (`int`, *optional*):
             Tokens of prompt and response after which they are cut off.
+        **apply_chat_template_kwargs:
+            `tools`, `chat_template` and so on, for conversational prompts.
 
     Returns:
         [`DegreePrediction`]: on the CPU, in float32.
     """
-    if len(prompts) != len(responses):
+    if len(prompts) != len(responses) or len(prompts) == 0:
         raise ValueError(f"There are {len(prompts)} `prompts` and {len(responses)} `responses`. Pass one for each.")
     base = model.get_base_model() if is_peft_model(model) else model
     size = heads.config["hidden_size"]
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
+        if isinstance(prompt, str) != isinstance(response, str):
+            raise ValueError(
+                f"The prompt {prompt!r} and the response {response!r} are in different formats. Pass two texts, or two lists of "
+                "messages."
+            )
+        kwargs = {} if isinstance(prompt, str) else apply_chat_template_kwargs
         if isinstance(prompt, str):
             response = response if response.endswith(tokenizer.eos_token) else response + tokenizer.eos_token
             prompt_ids = _tokenize(tokenizer, prompt)["input_ids"]
         else:
-            prompt_ids = _tokenize(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
-        ids = _tokenize(tokenizer, prompt + response)["input_ids"]
+            prompt_ids = _tokenize(tokenizer, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        ids = _tokenize(tokenizer, prompt + response, **kwargs)["input_ids"]
         start = common_prefix_length(prompt_ids, ids)
         mask = torch.arange(len(ids)) >= start
         rows.append((torch.tensor(ids)[:max_length], mask[:max_length]))

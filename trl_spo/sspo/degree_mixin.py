@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from .. import losses
 from ..metrics import MetricTotals
@@ -78,7 +78,7 @@ class DegreeMixin:
         size = getattr(base.get_output_embeddings(), "in_features", base.config.get_text_config().hidden_size)
         # With draws of its own, so that all others are those of the parent
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
+            torch.default_generator.manual_seed(args.seed)
             heads = DegreeHeads(size, args.num_degrees, args.head_hidden_size, args.shared_head)
         # Sharded parameters are of one precision; otherwise the heads, new and small, are trained in full precision
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -109,6 +109,11 @@ class DegreeMixin:
             raise ValueError(
                 "The DeepSpeed config has an `optimizer`, whose learning rate would be that of the degree heads too, and not "
                 f"`head_learning_rate={args.head_learning_rate}`. Remove it from the DeepSpeed config, and set `optim`."
+            )
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "`optimizers` has a scheduler, which knows the optimizer's groups of parameters and not that of the degree heads, "
+                "which is added to them. Pass `optimizers=(optimizer, None)`, and set `lr_scheduler_type`."
             )
         spread = self.is_deepspeed_enabled or self.accelerator.num_processes > 1
         reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
@@ -266,24 +271,20 @@ class DegreeMixin:
     # Optimizer
 
     def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
         named = (self.model if model is None else model).named_parameters()
-        parameters = [p for name, p in named if f"{ATTRIBUTE}." in name and p.requires_grad]
-        for parameter in parameters:  # not among those that the parent puts into its groups
-            parameter.requires_grad_(False)
-        try:
-            optimizer = super().create_optimizer(model)
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if parameters and id(parameters[0]) not in known:
-            optimizer.add_param_group(
-                {
-                    "params": parameters,
-                    "lr": self.args.head_learning_rate,
-                    "weight_decay": self.args.head_weight_decay,
-                }
-            )
+        heads = {id(p): p for name, p in named if f"{ATTRIBUTE}." in name and p.requires_grad}
+        if not heads or any({id(p) for p in group["params"]} == heads.keys() for group in optimizer.param_groups):
+            return optimizer
+        for group in optimizer.param_groups:  # in which the parent has put them
+            group["params"] = [p for p in group["params"] if id(p) not in heads]
+        optimizer.add_param_group(
+            {
+                "params": list(heads.values()),
+                "lr": self.args.head_learning_rate,
+                "weight_decay": self.args.head_weight_decay,
+            }
+        )
         return optimizer
 
     # Files
@@ -327,9 +328,9 @@ class DegreeMixin:
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
-            if folder is not None:  # else the parent says what is wrong
+            if folder is not None and os.path.isdir(folder):  # else the parent says what is wrong
                 for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, name)):
+                    if not os.path.isfile(os.path.join(folder, name)):
                         raise ValueError(
                             f"{folder} has no {name}, so that the degree heads cannot be resumed: it was not written by this trainer, "
                             "or with `chosen_weight=0` and `rejected_weight=0`. Pass a checkpoint of the same kind of run, or start "
@@ -353,7 +354,8 @@ class DegreeMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         # The parent copies the files that it knows from the checkpoint into the folder that it pushes
-        if self.degree_heads is not None and self.is_world_process_zero():
+        pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
+        if self.degree_heads is not None and pushes:
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(self.args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder)

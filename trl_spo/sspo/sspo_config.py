@@ -89,6 +89,10 @@ class _DegreeConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}: {what}.")
+        if isinstance(self.stop_words, str):
+            raise ValueError(
+                f"`stop_words` must be a list of words, got {self.stop_words!r}. Use `[{self.stop_words!r}]`."
+            )
         if not self.trains_heads:
             return
         if self.language not in languages():
