@@ -43,7 +43,6 @@ KINDS = {
     "unrolled_lora": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
     "sspo": SSPO,
     "sspo_lora": SSPO,
-    "sspo_four_degrees": {**SSPO, "num_degrees": 4},
 }
 
 

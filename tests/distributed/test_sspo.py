@@ -26,8 +26,13 @@ _spec.loader.exec_module(_script)
 SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 HEADS = "sspo_heads.safetensors"
-# ZeRO-1 and 2 share their optimizer
-RUNS = {backend: SCENARIOS if backend != "zero1" else ["default", "decayed_heads"] for backend in TYPES}
+# DDP with everything, DeepSpeed with what it does in another way
+RUNS = {
+    "ddp": SCENARIOS,
+    "zero1": ["default", "decayed_heads"],
+    "zero2": ["default", "text", "empty_accumulation", "fixed_heads", "lora_best", "kto_apo"],
+    "zero3": [name for name in SCENARIOS if name not in ("shared_one", "precomputed", "fixed_heads", "text_one")],
+}
 EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
 ALL_BUT_ZERO1 = [backend for backend in TYPES if backend != "zero1"]
 
@@ -77,7 +82,7 @@ def entries(folder: Path) -> list[dict]:
 
 def is_compared(name: str, scenario: str) -> bool:
     if name in ("eval_loss", "eval_loss/alignment"):  # means of a batch, with the examples that it is padded with
-        return scenario == "text"  # where none is
+        return scenario in _script.UNPADDED  # where there are none
     return "degree" in name or name in ("loss", "loss/alignment")
 
 
