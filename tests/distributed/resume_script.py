@@ -1,18 +1,20 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the resume tests run: `resume_script.py WORLD OUT KILL_AT KIND`, in one process or several.
+What the resume tests run: `resume_script.py WORLD OUT KILL_AT KIND...`, in one process or several.
 
-Trains ten steps with a checkpoint every second one. With KILL_AT >= 0 the last process kills itself, as a machine that goes
+For each kind, in its folder of OUT, trains ten steps with a checkpoint every second one. With KILL_AT >= 0 the last process kills itself, as a machine that goes
 away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if there is one.
 """
 
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import load_from_disk
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -93,9 +95,11 @@ def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
         trainer.training_step = training_step
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.exists() else None)
     trainer.save_model(str(out / "final"))
-    trainer.accelerator.end_training()  # else Gloo's threads may abort the process while it exits
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    for name in sys.argv[4:]:
+        main(Path(sys.argv[1]), Path(sys.argv[2]) / name, int(sys.argv[3]), name)
+    gc.collect()  # what still holds the process group
+    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits

@@ -29,9 +29,13 @@ HEADS = "sspo_heads.safetensors"
 # DDP with everything, DeepSpeed with what it does in another way
 RUNS = {
     "ddp": SCENARIOS,
-    "zero1": ["default", "decayed_heads"],
+    "zero1": ["decayed_heads"],
     "zero2": ["default", "text", "empty_accumulation", "fixed_heads", "lora_best", "kto_apo"],
-    "zero3": [name for name in SCENARIOS if name not in ("shared_one", "precomputed", "fixed_heads", "text_one")],
+    "zero3": [
+        name
+        for name in SCENARIOS
+        if name not in ("shared_one", "precomputed", "fixed_heads", "text_one", "rejected_only", "ipo_checkpointing")
+    ],
 }
 EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
 ALL_BUT_ZERO1 = [backend for backend in TYPES if backend != "zero1"]
