@@ -46,7 +46,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "kill_at"),
     [
+        ("full", 3),
         ("full", 7),
+        ("full", 8),
         ("lora", 5),
         ("alternating", 5),
         ("unrolled_lora", 6),

@@ -1,6 +1,6 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stable PO in two processes against one: DDP and a real DeepSpeed engine (ZeRO-2 and 3), on the CPU."""
+"""Stable PO in two processes against one: DDP and a real DeepSpeed engine (ZeRO-1, 2 and 3), on the CPU."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ _spec = importlib.util.spec_from_file_location("stable_po_script", SCRIPT)
 _script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_script)
 SCENARIOS = list(_script.SCENARIOS)
-TYPES = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # ZeRO-1 has the optimizer of ZeRO-2
+TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 @pytest.fixture(scope="module")
