@@ -50,7 +50,7 @@ KINDS = ("byte-level", "byte-level-trimmed", "metaspace", "prepended", "wordpiec
 def make_tokenizer(kind):
     if kind == "stories260K":
         if not STORIES.exists():
-            pytest.skip(f"no {STORIES}")
+            pytest.skip(f"{STORIES} is missing: the real model for the tests is not part of the project")
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL[4:]], special_tokens=True)
         return tokenizer

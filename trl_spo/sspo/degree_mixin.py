@@ -4,7 +4,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,10 @@ class PolicyWithDegrees:
 
 
 class DegreeMixin:
-    """Degree heads for a preference trainer of TRL. `_columns`: the columns of the responses, in the order of a batch's rows."""
+    """Degree heads for a preference trainer of TRL, which says two things of its batches."""
 
-    _columns: Sequence[str]
+    _columns: Sequence[str]  # of the responses, in the order of a batch's rows
+    _is_chosen: Callable[[dict[str, Any]], torch.Tensor]  # which rows are chosen, or desirable, of shape (R,)
 
     def _init_degrees(self) -> None:
         """At the end of the constructor."""
@@ -165,7 +166,7 @@ class DegreeMixin:
             seed=args.seed,
         )
         if isinstance(dataset, Dataset):
-            empty = sum((dataset.data[f"{column}_key_tokens"].to_numpy() == 0).sum() for column in self._columns)
+            empty = sum(count == 0 for column in self._columns for count in dataset[f"{column}_key_tokens"])
             responses = len(self._columns) * len(dataset)
             if empty > 0:
                 logger.warning(
@@ -182,18 +183,12 @@ class DegreeMixin:
 
     # Loss
 
-    def _is_chosen(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Which rows of a batch are chosen, or desirable. Of shape `(R,)`."""
-        raise NotImplementedError
-
     def _compute_loss(self, model, inputs, return_outputs):
         if self.degree_heads is None:
             return super()._compute_loss(model, inputs, return_outputs)
         args, mode = self.args, "train" if self.model.training else "eval"
         token_degrees = inputs["token_degrees"]
-        inputs = {
-            name: value for name, value in inputs.items() if name != "token_degrees"
-        }  # the model does not know it
+        inputs = {name: value for name, value in inputs.items() if name != "token_degrees"}  # unknown to the model
         mask, is_chosen = inputs["completion_mask"], self._is_chosen(inputs)
         if mode == "train" and args.degree_sampling == "one":
             levels = draw_levels(
