@@ -4,12 +4,15 @@
 
 import gc
 import string
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     CohereConfig,
@@ -17,6 +20,7 @@ from transformers import (
     GPTJConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
@@ -38,6 +42,23 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """
+    With `--dist loadfile`, the tests that start several processes go one after another. Two of them at once are more processes than
+    cores, all of which wait at each step for one that is not running.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/distributed" if nodeid.startswith("tests/distributed/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -362,3 +383,72 @@ def weights_of():
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, its tokenizer and 64 preference pairs."""
+    return make_world(tmp_path_factory.mktemp("world"), 32, 4, 2)
+
+
+@pytest.fixture(scope="session")
+def odd_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `world`, with a hidden size that is odd, so that ZeRO-3 has to pad the layer norms' weights."""
+    return make_world(tmp_path_factory.mktemp("odd_world"), 33, 3, 1)
+
+
+def make_world(folder: Path, hidden_size: int, num_heads: int, num_key_value_heads: int) -> Path:
+    words = ["<pad>", "<eos>", "<unk>", "say", *(f"w{i}" for i in range(20))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden_size,
+        head_dim=8,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.3,  # far enough from uniform for the KL to have something to hold
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+
+    def text(n: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(20, size=n))
+
+    Dataset.from_list(
+        [
+            {
+                "prompt": "say " + text(2),
+                "chosen": " " + text(3 + i % 3) + " ",
+                "rejected": " " + text(2 + i % 4) + " ",
+            }
+            for i in range(64)
+        ]
+    ).save_to_disk(str(folder / "dataset"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights():
+    """A function that asserts that two folders hold the same safetensors files, bit for bit."""
+
+    def check(one: Path, other: Path) -> None:
+        names = sorted(file.name for file in one.glob("*.safetensors"))
+        assert names and names == sorted(file.name for file in other.glob("*.safetensors"))
+        for name in names:  # the model or adapter, and the degree heads
+            expected, found = load_file(one / name), load_file(other / name)
+            assert expected and expected.keys() == found.keys()
+            assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+    return check

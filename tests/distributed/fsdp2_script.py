@@ -146,9 +146,11 @@ def check_soft_po(world: Path) -> None:
             torch.testing.assert_close(sharded[name], whole[name], rtol=1e-3, atol=1e-5)
         assert max(g.abs().max() for g in whole.values()) > 1e-2
         accelerator.print(f"{args.kl_estimator}: equal")
-    accelerator.end_training()  # else Gloo's threads may abort the process while it exits
 
 
 if __name__ == "__main__":
+    from leaving import leave
+
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    leave()

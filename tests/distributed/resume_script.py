@@ -7,14 +7,12 @@ For each kind, in its folder of OUT, trains ten steps with a checkpoint every se
 away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if there is one.
 """
 
-import gc
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import load_from_disk
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -98,8 +96,9 @@ def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
 
 
 if __name__ == "__main__":
+    from leaving import leave
+
     torch.set_num_threads(1)
     for name in sys.argv[4:]:
         main(Path(sys.argv[1]), Path(sys.argv[2]) / name, int(sys.argv[3]), name)
-    gc.collect()  # what still holds the process group
-    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits
+    leave()

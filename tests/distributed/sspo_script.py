@@ -148,10 +148,12 @@ def refused(world: Path, out: Path, scenario: str) -> None:
 
 
 if __name__ == "__main__":
+    from leaving import leave
+
     torch.set_num_threads(1)
     for name in sys.argv[3:]:
         if name in REENTRANT:
             refused(Path(sys.argv[1]), Path(sys.argv[2]), name)
         else:
             run(Path(sys.argv[1]), Path(sys.argv[2]), name)
-    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits
+    leave()

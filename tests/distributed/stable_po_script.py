@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import load_from_disk
 from peft import LoraConfig
 
@@ -91,7 +90,9 @@ def run(world: Path, out: Path, scenario: str) -> None:
 
 
 if __name__ == "__main__":
+    from leaving import leave
+
     torch.set_num_threads(1)
     for name in sys.argv[3:]:
         run(Path(sys.argv[1]), Path(sys.argv[2]), name)
-    PartialState().destroy_process_group()  # else Gloo's threads may abort the process while it exits
+    leave()

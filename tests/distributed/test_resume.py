@@ -1,75 +1,17 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed and resumed ends, bit for bit, where the uninterrupted run ends."""
+"""A run that is killed and resumed in two processes ends, bit for bit, where the uninterrupted run ends."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 SCRIPT = Path(__file__).parent / "resume_script.py"
 
 
-def run(world: Path, out: Path, kill_at: int, *kinds: str) -> int:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), str(kill_at), *kinds]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode in (0, -signal.SIGKILL), result.stderr[-5000:]
-    return result.returncode
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(world, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert run(world, out, -1, "full", "lora", "alternating", "unrolled_lora") == 0
-    return out
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    names = sorted(file.name for file in one.glob("*.safetensors"))
-    assert names and names == sorted(file.name for file in other.glob("*.safetensors"))
-    for name in names:  # the model or adapter, and the degree heads
-        expected, found = load_file(one / name), load_file(other / name)
-        assert expected and expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "kill_at"),
-    [
-        ("full", 3),
-        ("full", 7),
-        ("full", 8),
-        ("lora", 5),
-        ("alternating", 5),
-        ("unrolled_lora", 6),
-    ],
-)
-def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
-    assert run(world, tmp_path, kill_at, kind) == -signal.SIGKILL
-    out, whole = tmp_path / kind, uninterrupted / kind
-    last = kill_at // 2 * 2
-    assert (out / f"checkpoint-{last}").is_dir() and not (out / "final").exists()
-    assert run(world, tmp_path, -1, kind) == 0
-
-    assert_same_weights(whole / "final", out / "final")
-    if kind not in ("full", "lora"):
-        return
-    # The samples at the end are the same too, and as old
-    states = [json.loads((folder / "checkpoint-10" / "online_samples_0.json").read_text()) for folder in (whole, out)]
-    assert states[0] == states[1] and states[0]["step"] == 9 and states[0]["round"] == 4
-
-
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("backend", "kinds"),
     [
@@ -78,7 +20,7 @@ def test_kill_and_resume(world, uninterrupted, tmp_path, kind, kill_at):
         ("zero3", ["alternating", "penalty_sft", "sspo_lora"]),
     ],
 )
-def test_kill_and_resume_in_two_processes(world, launch, tmp_path, backend, kinds):
+def test_kill_and_resume_in_two_processes(world, launch, tmp_path, assert_same_weights, backend, kinds):
     whole, out = tmp_path / "whole", tmp_path / "run"
     launch(backend, SCRIPT, str(world), str(whole), "-1", *kinds)
     for kind in kinds:
@@ -89,14 +31,3 @@ def test_kill_and_resume_in_two_processes(world, launch, tmp_path, backend, kind
     for kind in kinds:
         assert_same_weights(whole / kind / "final", out / kind / "final")
         assert kind.startswith("sspo") == (out / kind / "final" / "sspo_heads.safetensors").is_file()
-
-
-def test_without_the_samples_it_says_so(world, tmp_path):
-    out = tmp_path / "run"
-    assert run(world, out, 5, "full") == -signal.SIGKILL
-    (out / "full" / "checkpoint-4" / "online_samples_0.json").unlink()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), "-1", "full"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-5000:]
-    assert "new ones are drawn" in result.stderr

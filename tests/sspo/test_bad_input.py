@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import PreTrainedTokenizer
 from trl import DPOConfig
 
@@ -34,6 +34,10 @@ BAD_OPTIONS = [
     ({"language": "xx"}, r"`language='xx'` has no stop words here. Use one of ar, .*pass its `stop_words`"),
     ({"stop_words": "was"}, r"`stop_words` must be a list of words, got 'was'. Use `\['was'\]`"),
     ({"sync_ref_model": True}, r"`sync_ref_model=True` is not supported with the degree heads.*Set `sync_ref_model=F"),
+    (
+        {"extractor": "yake", "language": "zh"},
+        r"`extractor='yake'` finds no words in `language='zh'`.*Use `extractor='r",
+    ),
     ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["q"]}, r"`optim='galore_adamw_layerwise'` is not s"),
 ]
 
@@ -139,6 +143,12 @@ def test_slow_tokenizer(make_trainer):
     make_trainer({"processing_class": tokenizer}, chosen_weight=0.0, rejected_weight=0.0)
 
 
+def test_biases_of_the_whole_model(make_trainer):
+    with pytest.raises(ValueError, match="`bias='all'` in the PEFT config is not supported.*Set `bias='none'`"):
+        make_trainer({"peft_config": LoraConfig(bias="all")})
+    make_trainer({"peft_config": LoraConfig(bias="lora_only")}).train()
+
+
 def test_prompt_learning(make_trainer):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="`removal='text'` is not supported with prompt-learning PEFT"):
@@ -152,16 +162,24 @@ def test_prompt_learning(make_trainer):
     [
         ({"is_fsdp_enabled": True}, "`fsdp_version: 1` is not supported"),
         ({"cp_size": 2}, "`cp_size=2` is not supported: it splits the sequences"),
+        ({"tp_size": 2}, "`tp_size=2` is not supported: it splits the model"),
         (
             {"num_processes": 2, "removal": "text", "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "`removal='text'` runs the model twice before each backward pass.*Set `use_reentrant` to `False`",
         ),
-        ({"optimizer": {"type": "AdamW"}}, "The DeepSpeed config has an `optimizer`.*`head_learning_rate=0.001`"),
+        (
+            {"deepspeed": {"optimizer": {"type": "AdamW"}}},
+            "config has a section `optimizer`.*`head_learning_rate=0.001`.*set `optim`",
+        ),
+        (
+            {"deepspeed": {"scheduler": {"type": "WarmupLR"}}},
+            "config has a section `scheduler`.*set `lr_scheduler_type`",
+        ),
     ],
 )
 def test_setups(model, setup, message):
     """Those that this machine cannot have: what the trainer would find there."""
-    plugin = SimpleNamespace(deepspeed_config={"optimizer": setup["optimizer"]} if "optimizer" in setup else {})
+    plugin = SimpleNamespace(deepspeed_config=setup.get("deepspeed", {}))
     trainer = SimpleNamespace(
         args=SimpleNamespace(
             removal=setup.get("removal", "hidden_states"),
@@ -171,12 +189,14 @@ def test_setups(model, setup, message):
         ),
         model=model,
         is_fsdp_enabled=setup.get("is_fsdp_enabled", False),
-        is_deepspeed_enabled="optimizer" in setup,
+        is_deepspeed_enabled="deepspeed" in setup,
         lr_scheduler=None,
         accelerator=SimpleNamespace(
             is_fsdp2=False,
             num_processes=setup.get("num_processes", 1),
-            parallelism_config=SimpleNamespace(cp_size=setup.get("cp_size", 1), sp_size=1),
+            parallelism_config=SimpleNamespace(
+                cp_size=setup.get("cp_size", 1), sp_size=1, tp_size=setup.get("tp_size", 1)
+            ),
             state=SimpleNamespace(deepspeed_plugin=plugin),
         ),
     )

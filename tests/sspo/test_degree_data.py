@@ -445,6 +445,15 @@ class TestMap:
             with pytest.raises(AssertionError, match="not from the cache"):
                 map_degrees(dataset, "train", None, **{**self.arguments(), **changed})
 
+    @pytest.mark.parametrize(("extractor", "package"), [("rake", "rake-nltk"), ("yake", "yake"), ("rake", "trl-spo")])
+    def test_of_another_version_is_not_kept(self, dataset, monkeypatch, extractor, package):
+        arguments = {**self.arguments(), "extractor": extractor}
+        first = map_degrees(dataset, "train", None, **arguments)
+        assert map_degrees(dataset, "train", None, **arguments).cache_files == first.cache_files
+        version = degree_data.version
+        monkeypatch.setattr(degree_data, "version", lambda name: "0.0" if name == package else version(name))
+        assert map_degrees(dataset, "train", None, **arguments).cache_files != first.cache_files
+
     def test_several_processes(self, dataset):
         together = map_degrees(dataset, "train", 2, **self.arguments())
         assert len(together.cache_files) == 2
@@ -493,6 +502,14 @@ class TestCollator:
         plain = DataCollatorForPreference(pad_token_id=0)(self.EXAMPLES)
         assert set(batch) == {*plain, "token_degrees"}
         assert all((batch[name] == value).all() for name, value in plain.items())
+
+    def test_boolean_mask(self):
+        def collate(examples):
+            batch = DataCollatorForPreference(pad_token_id=0)(examples)
+            return {**batch, "completion_mask": batch["completion_mask"].bool()}
+
+        found = DegreeCollator(collate, ("chosen", "rejected"), "keep_start")(self.examples())["token_degrees"]
+        assert found.tolist() == self.make()(self.examples())["token_degrees"].tolist()
 
     def test_keep_start(self):
         batch = self.make(max_length=4)(self.examples())

@@ -366,6 +366,11 @@ class TestPrediction:
             predict_degrees(model, tokenizer, DegreeHeads(16), self.PROMPTS, self.RESPONSES[:2])
         with pytest.raises(ValueError, match="hidden states of size 8, and those of the model have 16"):
             predict_degrees(model, tokenizer, DegreeHeads(8), self.PROMPTS, self.RESPONSES)
+        length = len(tokenizer(self.PROMPTS[2]).input_ids)
+        message = f"'{self.PROMPTS[2]}' has {length} tokens, so that `max_length={length}` leaves nothing"
+        with pytest.raises(ValueError, match=message):
+            predict_degrees(model, tokenizer, DegreeHeads(16), self.PROMPTS, self.RESPONSES, max_length=length)
+        predict_degrees(model, tokenizer, DegreeHeads(16), self.PROMPTS, self.RESPONSES, max_length=length + 1)
 
     def test_leaves_the_model_as_it_was(self, model, tokenizer):
         model.train()

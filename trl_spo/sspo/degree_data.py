@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .._compat import global_then_local_main_first, is_conversational
-from .key_content import key_phrases, shuffled_degrees, token_degrees
+from .key_content import PACKAGES, key_phrases, shuffled_degrees, token_degrees
 
 
 def add_degrees(
@@ -173,7 +173,8 @@ def map_degrees(
     if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
         map_kwargs = {"num_proc": num_proc, "desc": f"Extracting key content from {name} dataset"}
     kwargs["special_ids"] = sorted(special_token_ids(kwargs["tokenizer"]))
-    kwargs["versions"] = [version(package) for package in ("trl-spo", "stop-words", "rake-nltk")]
+    packages = ("trl-spo", "stop-words", "rake-nltk", *PACKAGES.get(kwargs["extractor"], ()))
+    kwargs["versions"] = [version(package) for package in packages]
     with global_then_local_main_first():
         return dataset.map(add_degrees, fn_kwargs=kwargs, **map_kwargs)
 
@@ -199,7 +200,7 @@ class DegreeCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
         mask = batch["completion_mask"]
-        degrees = torch.zeros_like(mask)
+        degrees = torch.zeros_like(mask, dtype=torch.long)
         rows = [
             (example[f"{column}_ids"], example[f"{column}_degrees"]) for column in self.columns for example in examples
         ]

@@ -315,6 +315,11 @@ def predict_degrees(
             prompt_ids = _tokenize(tokenizer, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
         ids = _tokenize(tokenizer, prompt + response, **kwargs)["input_ids"]
         start = common_prefix_length(prompt_ids, ids)
+        if max_length is not None and start >= max_length:
+            raise ValueError(
+                f"The prompt {prompt!r} has {start} tokens, so that `max_length={max_length}` leaves nothing of its response. Set a "
+                "larger `max_length`."
+            )
         mask = torch.arange(len(ids)) >= start
         rows.append((torch.tensor(ids)[:max_length], mask[:max_length]))
 

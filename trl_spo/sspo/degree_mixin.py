@@ -99,17 +99,27 @@ class DegreeMixin:
                 "`fsdp_version: 1` is not supported with the degree heads, which it flattens together with the model. Set "
                 "`fsdp_version: 2` in the accelerate config, as `--accelerate_config fsdp2` does."
             )
-        for name in ("cp_size", "sp_size"):
-            if getattr(self.accelerator.parallelism_config, name, 1) > 1:
+        for name, what in (
+            ("cp_size", "it splits the sequences that the degree heads take the mean of"),
+            ("sp_size", "it splits the sequences that the degree heads take the mean of"),
+            ("tp_size", "it splits the model, and the degree heads are whole"),
+        ):
+            size = getattr(self.accelerator.parallelism_config, name, 1)
+            if size > 1:
                 raise ValueError(
-                    f"`{name}={getattr(self.accelerator.parallelism_config, name)}` is not supported: it splits the sequences that "
-                    "the degree heads take the mean of."
+                    f"`{name}={size}` is not supported: {what}. Use data parallelism, DeepSpeed ZeRO or FSDP version 2."
                 )
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        for name, option in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+            if plugin is not None and name in plugin.deepspeed_config:
+                raise ValueError(
+                    f"The DeepSpeed config has a section `{name}`, whose learning rate would be that of the degree heads too, and not "
+                    f"`head_learning_rate={args.head_learning_rate}`. Remove it from the DeepSpeed config, and set `{option}`."
+                )
+        if is_peft_model(self.model) and getattr(self.model.active_peft_config, "bias", "none") == "all":
             raise ValueError(
-                "The DeepSpeed config has an `optimizer`, whose learning rate would be that of the degree heads too, and not "
-                f"`head_learning_rate={args.head_learning_rate}`. Remove it from the DeepSpeed config, and set `optim`."
+                "`bias='all'` in the PEFT config is not supported: PEFT would write the degree heads' biases into the adapter's file. "
+                "Set `bias='none'` or `bias='lora_only'`."
             )
         if self.lr_scheduler is not None:
             raise ValueError(

@@ -19,7 +19,7 @@ import numpy as np
 
 EXTRACTORS = ("rake", "yake", "position_rank", "random")
 # The packages of the extractors that the installation does not bring, all of them in the extra `keywords`
-_PACKAGES = {"yake": ("yake",), "position_rank": ("networkx", "scipy")}
+PACKAGES = {"yake": ("yake",), "position_rank": ("networkx", "scipy")}
 
 # The scripts that write words without spaces between them
 _CJK = r"\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -49,7 +49,7 @@ class _Word(NamedTuple):
 
 def check_extractor(extractor: str) -> None:
     """Raises an `ImportError` that names the extra if the packages of an extractor are missing."""
-    missing = [name for name in _PACKAGES.get(extractor, ()) if find_spec(name) is None]
+    missing = [name for name in PACKAGES.get(extractor, ()) if find_spec(name) is None]
     if missing:
         raise ImportError(
             f"`extractor={extractor!r}` needs {' and '.join(missing)}, which the extra `keywords` installs: run "

@@ -106,6 +106,11 @@ class _DegreeConfig:
                 "`sync_ref_model=True` is not supported with the degree heads: it copies the policy parameter by parameter, and "
                 "the reference has no heads. Set `sync_ref_model=False`."
             )
+        if self.extractor == "yake" and self.language in ("ja", "zh"):
+            raise ValueError(
+                f"`extractor='yake'` finds no words in `language={self.language!r}`, which is written without spaces. Use "
+                "`extractor='rake'` or `extractor='position_rank'`."
+            )
         for name in ("lomo", "layerwise"):
             if name in str(getattr(self.optim, "value", self.optim)):
                 raise ValueError(
