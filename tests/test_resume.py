@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "distributed" / "resume_script.py"
 
 def run(world: Path, out: Path, kill_at: int, *kinds: str) -> int:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), str(kill_at), *kinds]
+    command = [sys.executable, str(SCRIPT), str(world), *(f"{out / kind}@{kill_at}" for kind in kinds)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr[-5000:]
     return result.returncode
@@ -63,7 +63,7 @@ def test_without_the_samples_it_says_so(world, tmp_path):
     assert run(world, out, 5, "full") == -signal.SIGKILL
     (out / "full" / "checkpoint-4" / "online_samples_0.json").unlink()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), str(out), "-1", "full"]
+    command = [sys.executable, str(SCRIPT), str(world), f"{out / 'full'}@-1"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-5000:]
     assert "new ones are drawn" in result.stderr

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the resume tests run: `resume_script.py WORLD OUT KILL_AT KIND...`, in one process or several.
+What the resume tests run: `resume_script.py WORLD RUN...`, in one process or several, where a RUN is OUT/KIND@KILL_AT.
 
-For each kind, in its folder of OUT, trains ten steps with a checkpoint every second one. With KILL_AT >= 0 the last process kills itself, as a machine that goes
-away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if there is one.
+Each run trains ten steps with a checkpoint every second one, in the folder OUT/KIND. With KILL_AT >= 0 the last process kills itself,
+as a machine that goes away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if
+there is one.
 """
 
 import os
@@ -46,7 +47,8 @@ KINDS = {
 }
 
 
-def main(world: Path, out: Path, kill_at: int, kind: str) -> None:
+def main(world: Path, out: Path, kill_at: int) -> None:
+    kind = out.name
     lora, deepspeed = "lora" in kind, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if KINDS[kind] is SOFT_PO:
         config, trainer_class = SoftPOConfig, SoftPOTrainer
@@ -99,6 +101,7 @@ if __name__ == "__main__":
     from leaving import leave
 
     torch.set_num_threads(1)
-    for name in sys.argv[4:]:
-        main(Path(sys.argv[1]), Path(sys.argv[2]) / name, int(sys.argv[3]), name)
+    for name in sys.argv[2:]:
+        folder, kill_at = name.rsplit("@", 1)
+        main(Path(sys.argv[1]), Path(folder), int(kill_at))
     leave()

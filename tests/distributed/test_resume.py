@@ -22,12 +22,13 @@ SCRIPT = Path(__file__).parent / "resume_script.py"
 )
 def test_kill_and_resume_in_two_processes(world, launch, tmp_path, assert_same_weights, backend, kinds):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    launch(backend, SCRIPT, str(world), str(whole), "-1", *kinds)
+    before = [f"{whole / kind}@-1" for kind in kinds]
     for kind in kinds:
         with pytest.raises(AssertionError, match="SIGKILL"):
-            launch(backend, SCRIPT, str(world), str(out), "5", kind)
+            launch(backend, SCRIPT, str(world), *before, f"{out / kind}@5")
         assert (out / kind / "checkpoint-4").is_dir() and not (out / kind / "checkpoint-6").exists()
-    launch(backend, SCRIPT, str(world), str(out), "-1", *kinds)
+        before = [f"{out / kind}@-1"]  # which the next launch begins with, to have one less
+    launch(backend, SCRIPT, str(world), *before)
     for kind in kinds:
         assert_same_weights(whole / kind / "final", out / kind / "final")
         assert kind.startswith("sspo") == (out / kind / "final" / "sspo_heads.safetensors").is_file()
