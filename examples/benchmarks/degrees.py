@@ -7,6 +7,9 @@ numbers of degrees. Beside DPO without heads, on the same pairs.
     python examples/benchmarks/degrees.py --setting reviews --model STORIES260K --data DATA --output_dir degrees
     python examples/benchmarks/degrees.py --setting qa --model STORIES260K --data DATA --output_dir degrees
 
+DATA is a folder with `movie_review_polarity*` (`text` and `label` 0 or 1) and `qa_feedback_pairs*` (`prompt`, `chosen`, `rejected` and
+`qid`, the question's number), as JSON lines.
+
 Every run leaves one JSON file and is not repeated when it is there. Differences to DPO are taken seed by seed. The key content that
 `random` is the control of is rake's: as many tokens of each degree, at other places.
 """
@@ -239,7 +242,7 @@ def draw(table: dict[str, dict], folder: Path, setting: str) -> None:
     handles, labels = axes[1].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
-        axes[1].legend(unique.values(), unique.keys(), loc="best", fontsize="small")
+        figure.legend(unique.values(), unique.keys(), loc="outside upper right", ncols=3, fontsize="small")
     for axis in axes:
         axis.grid(axis="x", color="#eeeeee")
         axis.spines[["top", "right"]].set_visible(False)
