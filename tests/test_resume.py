@@ -17,39 +17,38 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "distributed" / "resume_script.py"
 
 
-def run(world: Path, out: Path, kill_at: int, *kinds: str) -> int:
+KINDS = ["full", "lora", "alternating", "unrolled_lora"]
+KILLED = [("full", 3), ("full", 7), ("full", 8), ("lora", 5), ("alternating", 5), ("unrolled_lora", 6)]
+
+
+def run(world: Path, *runs: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), *(f"{out / kind}@{kill_at}" for kind in kinds)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode in (0, -signal.SIGKILL), result.stderr[-5000:]
-    return result.returncode
+    command = [sys.executable, str(SCRIPT), str(world), *runs]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def assert_killed(result: subprocess.CompletedProcess, folder: Path, kill_at: int) -> None:
+    assert result.returncode == -signal.SIGKILL, result.stderr[-5000:]
+    assert (folder / f"checkpoint-{kill_at // 2 * 2}").is_dir() and not (folder / "final").exists()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(world, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    assert run(world, out, -1, "full", "lora", "alternating", "unrolled_lora") == 0
+def finished(world, tmp_path_factory) -> Path:
+    """A folder with what is uninterrupted, and what was killed at a step and resumed, each time in another process."""
+    out = tmp_path_factory.mktemp("runs")
+    before = [f"{out / 'whole' / kind}@-1" for kind in KINDS]
+    for kind, kill_at in KILLED:
+        folder = out / str(kill_at) / kind
+        assert_killed(run(world, *before, f"{folder}@{kill_at}"), folder, kill_at)
+        before = [f"{folder}@-1"]  # which the next process begins with, to have one less
+    last = run(world, *before)
+    assert last.returncode == 0, last.stderr[-5000:]
     return out
 
 
-@pytest.mark.parametrize(
-    ("kind", "kill_at"),
-    [
-        ("full", 3),
-        ("full", 7),
-        ("full", 8),
-        ("lora", 5),
-        ("alternating", 5),
-        ("unrolled_lora", 6),
-    ],
-)
-def test_kill_and_resume(world, uninterrupted, tmp_path, assert_same_weights, kind, kill_at):
-    assert run(world, tmp_path, kill_at, kind) == -signal.SIGKILL
-    out, whole = tmp_path / kind, uninterrupted / kind
-    last = kill_at // 2 * 2
-    assert (out / f"checkpoint-{last}").is_dir() and not (out / "final").exists()
-    assert run(world, tmp_path, -1, kind) == 0
-
+@pytest.mark.parametrize(("kind", "kill_at"), KILLED)
+def test_kill_and_resume(finished, assert_same_weights, kind, kill_at):
+    whole, out = finished / "whole" / kind, finished / str(kill_at) / kind
     assert_same_weights(whole / "final", out / "final")
     if kind not in ("full", "lora"):
         return
@@ -59,11 +58,9 @@ def test_kill_and_resume(world, uninterrupted, tmp_path, assert_same_weights, ki
 
 
 def test_without_the_samples_it_says_so(world, tmp_path):
-    out = tmp_path / "run"
-    assert run(world, out, 5, "full") == -signal.SIGKILL
-    (out / "full" / "checkpoint-4" / "online_samples_0.json").unlink()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(world), f"{out / 'full'}@-1"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    out = tmp_path / "full"
+    assert_killed(run(world, f"{out}@5"), out, 5)
+    (out / "checkpoint-4" / "online_samples_0.json").unlink()
+    result = run(world, f"{out}@-1")
     assert result.returncode == 0, result.stderr[-5000:]
     assert "new ones are drawn" in result.stderr
