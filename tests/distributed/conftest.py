@@ -4,11 +4,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
+SCRIPTS = Path(__file__).parent / "run_scripts.py"
 CONFIGS = Path(__file__).parents[2] / "trl_spo" / "accelerate_configs"
 
 
@@ -36,5 +38,35 @@ def launch():
             if result.returncode == 0 or "EADDRINUSE" not in result.stderr:
                 break
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def results(request, world, odd_world, launch, tmp_path_factory) -> Callable[[str], Path]:
+    """
+    `results(backend)`: a folder with a folder for each script, in which the scenarios are that `RUNS` has in the module of a test that
+    is asked for; `results("none")` is of one process. Launched once, also if that fails.
+    """
+    worlds = {"world": world, "odd_world": odd_world}
+    modules = {item.module.__name__: item.module for item in request.session.items if hasattr(item.module, "RUNS")}
+    done: dict[str, Path | BaseException] = {}
+
+    def run(backend: str) -> Path:
+        if backend not in done:
+            out = tmp_path_factory.mktemp(backend)
+            arguments = []
+            for module in modules.values():
+                folder = out / module.SCRIPT
+                folder.mkdir()
+                arguments += [module.SCRIPT, str(worlds[module.WORLD]), str(folder), *module.RUNS[backend], "--"]
+            try:
+                launch(backend, SCRIPTS, *arguments, processes=1 if backend == "none" else 2)
+                done[backend] = out
+            except BaseException as error:
+                done[backend] = error
+        if isinstance(done[backend], BaseException):
+            raise done[backend]
+        return done[backend]
 
     return run

@@ -1,16 +1,10 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the processes of the distributed tests run: `accelerate launch ... soft_po_script.py WORLD OUT SCENARIO...`.
-
-Each scenario trains once from the model and the dataset in the folder WORLD, and leaves OUT/SCENARIO with the model and
-`report.json`.
-"""
+"""The scenarios of Soft PO that the distributed tests run, see `run_scripts.py`."""
 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -126,12 +120,3 @@ def run(world: Path, out: Path, scenario: str) -> None:
             "log": trainer.state.log_history,
         }
         (out / scenario / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    from leaving import leave
-
-    torch.set_num_threads(1)
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), name)
-    leave()

@@ -1,10 +1,9 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of the distributed tests run: `accelerate launch ... sspo_script.py WORLD OUT SCENARIO...`."""
+"""The scenarios of SSPO that the distributed tests run, see `run_scripts.py`."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -73,7 +72,7 @@ def unpaired(dataset: Dataset) -> Dataset:
         return dataset.map(one_of, with_indices=True, remove_columns=["chosen", "rejected"])
 
 
-def run(world: Path, out: Path, scenario: str) -> None:
+def train(world: Path, out: Path, scenario: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     options = {
@@ -140,20 +139,11 @@ def run(world: Path, out: Path, scenario: str) -> None:
         (out / scenario / "report.json").write_text(json.dumps(report))
 
 
-def refused(world: Path, out: Path, scenario: str) -> None:
+def run(world: Path, out: Path, scenario: str) -> None:
+    if scenario not in REENTRANT:
+        train(world, out, scenario)
+        return
     try:
-        run(world, out, scenario)
+        train(world, out, scenario)
     except ValueError as error:
         (out / f"{scenario}_{PartialState().process_index}.txt").write_text(str(error))
-
-
-if __name__ == "__main__":
-    from leaving import leave
-
-    torch.set_num_threads(1)
-    for name in sys.argv[3:]:
-        if name in REENTRANT:
-            refused(Path(sys.argv[1]), Path(sys.argv[2]), name)
-        else:
-            run(Path(sys.argv[1]), Path(sys.argv[2]), name)
-    leave()

@@ -1,13 +1,11 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of the distributed tests run: `accelerate launch ... stable_po_script.py WORLD OUT SCENARIO...`."""
+"""The scenarios of Stable PO that the distributed tests run, see `run_scripts.py`."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
-import torch
 from datasets import load_from_disk
 from peft import LoraConfig
 
@@ -87,12 +85,3 @@ def run(world: Path, out: Path, scenario: str) -> None:
             "log": trainer.state.log_history,
         }
         (out / scenario / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    from leaving import leave
-
-    torch.set_num_threads(1)
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), name)
-    leave()

@@ -13,23 +13,22 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-SCRIPT = Path(__file__).parent / "soft_po_script.py"
+SCRIPT, WORLD = "soft_po_script", "world"
 SAME = ["given_samples", "accumulation", "lora", "lora_checkpointing", "no_kl", "sigmoid_weights", "evaluation"]
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
+RUNS = dict.fromkeys(["none", *TYPES], [*SAME, "bf16", "sampling"])
+
+
 @pytest.fixture(scope="module")
-def single(world, launch, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("single")
-    launch("none", SCRIPT, str(world), str(out), *SAME, "bf16", "sampling", processes=1)
-    return out
+def single(results) -> Path:
+    return results("none") / SCRIPT
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def two(request, world, launch, tmp_path_factory) -> tuple[str, Path]:
-    out = tmp_path_factory.mktemp(request.param)
-    launch(request.param, SCRIPT, str(world), str(out), *SAME, "bf16", "sampling")
-    return request.param, out
+def two(request, results) -> tuple[str, Path]:
+    return request.param, results(request.param) / SCRIPT
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SSPO in two processes against one: DDP and a real DeepSpeed engine (ZeRO-1, 2 and 3), on the CPU."""
 
-import functools
 import importlib.util
 import json
 import math
@@ -19,15 +18,16 @@ from trl_spo.sspo.degree_heads import DegreeHeads
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-SCRIPT = Path(__file__).parent / "sspo_script.py"
-_spec = importlib.util.spec_from_file_location("sspo_script", SCRIPT)
+SCRIPT, WORLD = "sspo_script", "odd_world"
+_spec = importlib.util.spec_from_file_location(SCRIPT, Path(__file__).parent / f"{SCRIPT}.py")
 _script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_script)
 SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 HEADS = "sspo_heads.safetensors"
+EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
 # DDP with everything, DeepSpeed with what it does in another way
-RUNS = {
+SAME = {
     "ddp": SCENARIOS,
     "zero1": ["decayed_heads"],
     "zero2": ["default", "text", "empty_accumulation", "fixed_heads", "lora_best", "kto_apo"],
@@ -37,34 +37,24 @@ RUNS = {
         if name not in ("shared_one", "precomputed", "fixed_heads", "text_one", "rejected_only", "ipo_checkpointing")
     ],
 }
-EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
 ALL_BUT_ZERO1 = [backend for backend in TYPES if backend != "zero1"]
+RUNS = {"none": SCENARIOS, **SAME, **{backend: [*SAME[backend], *EXTRA] for backend in ALL_BUT_ZERO1}}
 
 
 def pairs(*names: str) -> pytest.MarkDecorator:
-    runs = [(backend, name) for backend in RUNS for name in names if name in RUNS[backend]]
+    runs = [(backend, name) for backend in SAME for name in names if name in SAME[backend]]
     return pytest.mark.parametrize(("backend", "scenario"), runs)
 
 
 @pytest.fixture(scope="module")
-def single(odd_world, launch, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("single")
-    launch("none", SCRIPT, str(odd_world), str(out), *SCENARIOS, processes=1)
-    return out
+def single(results) -> Path:
+    return results("none") / SCRIPT
 
 
 @pytest.fixture(scope="module")
-def two(odd_world, launch, tmp_path_factory) -> Callable[[str], Path]:
-    """`two(backend)`: the folder of what two processes have made of all scenarios, in one launch."""
-
-    @functools.cache
-    def run(backend: str) -> Path:
-        out = tmp_path_factory.mktemp(backend)
-        extra = EXTRA if backend in ALL_BUT_ZERO1 else []
-        launch(backend, SCRIPT, str(odd_world), str(out), *RUNS[backend], *extra)
-        return out
-
-    return run
+def two(results) -> Callable[[str], Path]:
+    """`two(backend)`: the folder of what two processes have made of the scenarios."""
+    return lambda backend: results(backend) / SCRIPT
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,26 +13,25 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-SCRIPT = Path(__file__).parent / "stable_po_script.py"
-_spec = importlib.util.spec_from_file_location("stable_po_script", SCRIPT)
+SCRIPT, WORLD = "stable_po_script", "odd_world"
+_spec = importlib.util.spec_from_file_location(SCRIPT, Path(__file__).parent / f"{SCRIPT}.py")
 _script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_script)
 SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
+RUNS = {"none": SCENARIOS, **dict.fromkeys(TYPES, [*SCENARIOS, *_script.BF16])}
+
+
 @pytest.fixture(scope="module")
-def single(odd_world, launch, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("single")
-    launch("none", SCRIPT, str(odd_world), str(out), *SCENARIOS, processes=1)
-    return out
+def single(results) -> Path:
+    return results("none") / SCRIPT
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def two(request, odd_world, launch, tmp_path_factory) -> tuple[str, Path]:
-    out = tmp_path_factory.mktemp(request.param)
-    launch(request.param, SCRIPT, str(odd_world), str(out), *SCENARIOS, *_script.BF16)
-    return request.param, out
+def two(request, results) -> tuple[str, Path]:
+    return request.param, results(request.param) / SCRIPT
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
