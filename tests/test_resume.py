@@ -15,10 +15,17 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "distributed" / "resume_script.py"
-
-
-KINDS = ["full", "lora", "alternating", "unrolled_lora"]
-KILLED = [("full", 3), ("full", 7), ("full", 8), ("lora", 5), ("alternating", 5), ("unrolled_lora", 6)]
+KINDS = ["full", "lora", "alternating", "unrolled_lora", "sspo", "sspo_lora"]
+KILLED = [
+    ("full", 3),
+    ("full", 7),
+    ("full", 8),
+    ("lora", 5),
+    ("alternating", 5),
+    ("unrolled_lora", 6),
+    ("sspo", 5),
+    ("sspo_lora", 6),
+]
 
 
 def run(world: Path, *runs: str) -> subprocess.CompletedProcess:
@@ -38,7 +45,7 @@ def finished(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     before = [f"{out / 'whole' / kind}@-1" for kind in KINDS]
     for kind, kill_at in KILLED:
-        folder = out / str(kill_at) / kind
+        folder = out / f"{kind}_{kill_at}" / kind
         assert_killed(run(world, *before, f"{folder}@{kill_at}"), folder, kill_at)
         before = [f"{folder}@-1"]  # which the next process begins with, to have one less
     last = run(world, *before)
@@ -48,7 +55,7 @@ def finished(world, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("kind", "kill_at"), KILLED)
 def test_kill_and_resume(finished, assert_same_weights, kind, kill_at):
-    whole, out = finished / "whole" / kind, finished / str(kill_at) / kind
+    whole, out = finished / "whole" / kind, finished / f"{kind}_{kill_at}" / kind
     assert_same_weights(whole / "final", out / "final")
     if kind not in ("full", "lora"):
         return

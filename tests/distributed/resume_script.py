@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
+from leaving import leave
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -44,6 +45,7 @@ KINDS = {
     "unrolled_lora": {"bilevel": "unrolled", "inner_learning_rate": 0.05},
     "sspo": SSPO,
     "sspo_lora": SSPO,
+    "sspo_four_degrees": {**SSPO, "num_degrees": 4},
 }
 
 
@@ -98,8 +100,6 @@ def main(world: Path, out: Path, kill_at: int) -> None:
 
 
 if __name__ == "__main__":
-    from leaving import leave
-
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
         folder, kill_at = name.rsplit("@", 1)

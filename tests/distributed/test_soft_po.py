@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SCRIPT, WORLD = "soft_po_script", "world"
 SAME = ["given_samples", "accumulation", "lora", "lora_checkpointing", "no_kl", "sigmoid_weights", "evaluation"]
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-
-
 RUNS = dict.fromkeys(["none", *TYPES], [*SAME, "bf16", "sampling"])
 
 

@@ -26,17 +26,8 @@ SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 HEADS = "sspo_heads.safetensors"
 EXTRA = [*_script.UNEQUAL, *_script.BF16, *_script.REENTRANT]
-# DDP with everything, DeepSpeed with what it does in another way
-SAME = {
-    "ddp": SCENARIOS,
-    "zero1": ["decayed_heads"],
-    "zero2": ["default", "text", "empty_accumulation", "fixed_heads", "lora_best", "kto_apo"],
-    "zero3": [
-        name
-        for name in SCENARIOS
-        if name not in ("shared_one", "precomputed", "fixed_heads", "text_one", "rejected_only", "ipo_checkpointing")
-    ],
-}
+# ZeRO-1 and 2 share their optimizer
+SAME = {backend: SCENARIOS if backend != "zero1" else ["default", "decayed_heads"] for backend in TYPES}
 ALL_BUT_ZERO1 = [backend for backend in TYPES if backend != "zero1"]
 RUNS = {"none": SCENARIOS, **SAME, **{backend: [*SAME[backend], *EXTRA] for backend in ALL_BUT_ZERO1}}
 

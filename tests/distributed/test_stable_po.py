@@ -19,8 +19,6 @@ _script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_script)
 SCENARIOS = list(_script.SCENARIOS)
 TYPES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-
-
 RUNS = {"none": SCENARIOS, **dict.fromkeys(TYPES, [*SCENARIOS, *_script.BF16])}
 
 
