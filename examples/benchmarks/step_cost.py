@@ -4,13 +4,16 @@
 Time, tokens per second and peak memory of an optimizer step: our trainers beside TRL's DPOTrainer.
 
 Every method trains in a process of its own (so that peak memory is its own) on the same pairs of random tokens, from
-the same random weights. The processes take turns, one block of steps each, so that drift of the machine hits all alike;
-a ratio is taken within each round, and its interval is over rounds. A block is a whole number of resampling periods:
+the same random weights. The processes take turns, one block of steps each, so that drift of the machine hits all alike.
+Two processes of the same method differ too, by where their memory lies, so all are started several times over, in another
+order: a ratio is taken within each launch, and the intervals are over launches. A block is a whole number of resampling periods:
 SoftPO's sampling is in its time, amortised as in training. Random weights hardly ever end a sample, so every online
 sample has the full `--completion_length` tokens, as many as the pairs' completions.
 
 On the CPU the time of the process itself is shown beside the time on the clock, and the ratio to DPO is that of the
-former: other processes on the machine hardly disturb it. The memory there is what PyTorch has allocated at the peak of
+former: other processes on the machine hardly disturb it. The C library is told to keep the memory that PyTorch frees, which
+it would otherwise give back and be given anew several times a step, a third of the time and not the same from process to
+process. The memory there is what PyTorch has allocated at the peak of
 one more resampling period, by its profiler (what the process holds depends on how the C library hands memory back),
 with the weights and the optimizer's state.
 
@@ -75,6 +78,10 @@ DEFAULTS = {
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TIMEOUT = 1800  # seconds that a process waits for its turn
+KEPT_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**40),
+}  # of glibc, which others ignore
 
 
 def make_model(folder: Path, size: str, device: str, max_positions: int) -> None:
@@ -224,7 +231,14 @@ def work(name: str, args: argparse.Namespace, folder: str, ready, mine, followin
         )
         trainer.train()
     peak = torch.cuda.max_memory_allocated() if cuda else held(trainer) + max(peaks)
-    results.put({"method": name, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_mib": peak / 2**20})
+    results.put(
+        {
+            "method": name,
+            "seconds": statistics.mean(seconds[1:]),
+            "cpu_seconds": statistics.mean(cpu_seconds[1:]),
+            "peak_mib": peak / 2**20,
+        }
+    )
 
 
 def machine(device: str, threads: int) -> str:
@@ -247,18 +261,18 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def measure(args: argparse.Namespace, folder: str) -> list[dict]:
-    """Starts the processes and waits for their results, in the order of the methods."""
+def launch(methods: list[str], args: argparse.Namespace, folder: str) -> dict[str, dict]:
+    """Starts the processes, which take turns in the order of the methods, and waits for their results."""
     context = multiprocessing.get_context("spawn")
-    turns = [context.Semaphore(0) for _ in args.methods]
-    ready, results = context.Barrier(len(args.methods)), context.Queue()
+    turns = [context.Semaphore(0) for _ in methods]
+    ready, results = context.Barrier(len(methods)), context.Queue()
     processes = [
         context.Process(
             target=work,
             args=(name, args, folder, ready, turns[i], turns[(i + 1) % len(turns)], results),
             daemon=True,
         )
-        for i, name in enumerate(args.methods)
+        for i, name in enumerate(methods)
     ]
     for process in processes:
         process.start()
@@ -275,7 +289,7 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict]:
         time.sleep(0.5)
     for process in processes:
         process.join()
-    return [found[name] for name in args.methods]
+    return found
 
 
 def main() -> None:
@@ -286,7 +300,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="pairs per step (default: 8, on a GPU 16)")
     parser.add_argument("--prompt_length", type=int, help="tokens (default: 32, on a GPU 256)")
     parser.add_argument("--completion_length", type=int, help="tokens (default: 96, on a GPU 256)")
-    parser.add_argument("--rounds", type=int, default=5, help="blocks per method, after one to warm up")
+    parser.add_argument("--launches", type=int, default=5, help="processes per method, one after the other")
+    parser.add_argument("--rounds", type=int, default=2, help="blocks per process, after one to warm up")
     parser.add_argument(
         "--block_steps", type=int, help="steps per block; a multiple of resample_steps, and the default"
     )
@@ -310,7 +325,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), args.size, args.device, 2 * (args.prompt_length + args.completion_length))
-        results = measure(args, folder)
+        os.environ.update(KEPT_MEMORY)
+        launches = [
+            launch(args.methods[i % len(args.methods) :] + args.methods[: i % len(args.methods)], args, folder)
+            for i in range(args.launches)
+        ]
 
     # Both responses of each pair, with their prompts
     tokens = 2 * args.batch_size * (args.prompt_length + args.completion_length)
@@ -320,24 +339,30 @@ def main() -> None:
     print(
         f"{args.batch_size} pairs a step, prompts of {args.prompt_length} and completions of {args.completion_length} "
         f"tokens; {samples} online samples a step, {args.online_buffer_size or samples} drawn every {period} steps; "
-        f"{args.rounds} rounds of {args.block_steps} steps; ± 95 % over rounds\n"
+        f"{args.launches} launches, {args.rounds} rounds of {args.block_steps} steps each; ± 95 % over launches\n"
     )
     print("| method | ms / step | CPU ms / step | pair tokens / s | peak memory (MiB) | time / DPO | memory / DPO |")
     print("|---|---|---|---|---|---|---|")
-    base = next((result for result in results if result["method"] == "DPO"), results[0])
+    base = "DPO" if "DPO" in args.methods else args.methods[0]
     compared = "seconds" if args.device == "cuda" else "cpu_seconds"
-    for result in results:
-        mean, half = interval([1000 * s for s in result["seconds"]])
-        cpu, cpu_half = interval([1000 * s for s in result["cpu_seconds"]])
-        ratio, ratio_half = interval([a / b for a, b in zip(result[compared], base[compared], strict=True)])
-        result |= {
+    results = []
+    for name in args.methods:
+        mean, half = interval([1000 * found[name]["seconds"] for found in launches])
+        cpu, cpu_half = interval([1000 * found[name]["cpu_seconds"] for found in launches])
+        ratio, ratio_half = interval([found[name][compared] / found[base][compared] for found in launches])
+        peak = statistics.mean(found[name]["peak_mib"] for found in launches)
+        result = {
+            "method": name,
+            "launches": [found[name] for found in launches],
             "ms_per_step": mean,
             "cpu_ms_per_step": cpu,
             "tokens_per_second": tokens / mean * 1000,
+            "peak_mib": peak,
             "time_ratio": ratio,
             "time_ratio_half_width": ratio_half,
-            "memory_ratio": result["peak_mib"] / base["peak_mib"],
+            "memory_ratio": peak / statistics.mean(found[base]["peak_mib"] for found in launches),
         }
+        results.append(result)
         print(
             f"| {result['method']} | {mean:.1f} ± {half:.1f} | {cpu:.1f} ± {cpu_half:.1f} | "
             f"{result['tokens_per_second']:.0f} | {result['peak_mib']:.0f} | {ratio:.2f} ± {ratio_half:.2f} | "
