@@ -6,16 +6,16 @@ Time, tokens per second and peak memory of an optimizer step: our trainers besid
 Every method trains in a process of its own (so that peak memory is its own) on the same pairs of random tokens, from
 the same random weights. The processes take turns, one block of steps each, so that drift of the machine hits all alike.
 Two processes of the same method differ too, by where their memory lies, so all are started several times over, in another
-order: a ratio is taken within each launch, and the intervals are over launches. A block is a whole number of resampling periods:
-SoftPO's sampling is in its time, amortised as in training. Random weights hardly ever end a sample, so every online
-sample has the full `--completion_length` tokens, as many as the pairs' completions.
+order: a ratio is taken within each launch, and the intervals are over launches. A block is a whole number of resampling
+periods: SoftPO's sampling is in its time, amortised as in training. Random weights hardly ever end a sample, so every
+online sample has the full `--completion_length` tokens, as many as the pairs' completions.
 
 On the CPU the time of the process itself is shown beside the time on the clock, and the ratio to DPO is that of the
-former: other processes on the machine hardly disturb it. The C library is told to keep the memory that PyTorch frees, which
-it would otherwise give back and be given anew several times a step, a third of the time and not the same from process to
-process. The memory there is what PyTorch has allocated at the peak of
-one more resampling period, by its profiler (what the process holds depends on how the C library hands memory back),
-with the weights and the optimizer's state.
+former: other processes on the machine hardly disturb it. The C library is told to keep the memory that PyTorch frees,
+which it would otherwise give back and be given anew several times a step, a third of the time and not the same from
+process to process. The memory there is what PyTorch has allocated at the peak of one more resampling period, by its
+profiler (what the process holds depends on how the C library hands memory back), with the weights and the optimizer's
+state.
 
     python examples/benchmarks/step_cost.py --json step_cost_cpu.json
     python examples/benchmarks/step_cost.py --device cuda --size qwen2-0.5b --json step_cost_gpu.json
