@@ -16,7 +16,7 @@ test test-fast: export DS_ACCELERATOR ?= cpu
 .PHONY: demo test test-fast lint docs clean
 .DEFAULT_GOAL := test
 
-demo: $(VENV)/.installed-plots
+demo: $(VENV)/.installed-plots,synthetic
 	$(BIN)/trl-spo demo $(ARGS)
 
 test: $(VENV)/.installed-dev
@@ -47,8 +47,8 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# dev has the plots too: do not install them again after it.
+# dev has these too: do not install them again after it.
 ifneq ($(wildcard $(VENV)/.installed-dev),)
-$(VENV)/.installed-plots: $(VENV)/.installed-dev
+$(VENV)/.installed-plots,synthetic: $(VENV)/.installed-dev
 	@touch $@
 endif

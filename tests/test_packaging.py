@@ -119,6 +119,14 @@ class TestMetadata:
         assert files("trl_spo").joinpath("py.typed").is_file()
         assert files("trl_spo").joinpath("templates/model_card.md").is_file()
 
+    def test_data_files_are_in_the_wheel(self, pyproject):
+        """Whatever stands in the package and is no module: an editable installation has it anyway."""
+        package = ROOT / "trl_spo"
+        patterns = pyproject["tool"]["setuptools"]["package-data"]["trl_spo"]
+        shipped = {path for pattern in patterns for path in package.glob(pattern)}
+        others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+        assert others == shipped
+
 
 class TestAccelerateConfigs:
     def test_names(self):
@@ -300,6 +308,48 @@ class TestDocs:
                 default = field.default if field.default is not MISSING else field.default_factory()
                 assert (words[cell] if cell in words else ast.literal_eval(cell.strip("`"))) == default, field.name
         assert set(cells) - {"vllm_*"} <= {field.name for field in own}
+
+    def test_synthetic_preferences_without_their_extra(self):
+        """In another process, where the packages seem to be missing."""
+        script = (
+            "import sys\nsys.modules['krippendorff'] = None\nimport trl_spo.synthetic\n"
+            "try:\n    trl_spo.synthetic.Synthesis\nexcept ImportError as error:\n    print(error)"
+        )
+        shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
+        assert "needs the package 'krippendorff'. Run `pip install \"trl-spo[synthetic]\"`." in shown
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "synthesis_config:PromptsConfig",
+            "synthesis_config:CandidatesConfig",
+            "synthesis_config:JudgeConfig",
+            "synthesis_config:CheckConfig",
+            "synthesis_config:RewardModelConfig",
+            "synthesis_config:RoundsConfig",
+            "training:TrainingConfig",
+            "filters:FilterConfig",
+            "endpoint:Endpoint",
+        ],
+    )
+    def test_every_option_of_synthetic_preferences_stands_on_the_page(self, name):
+        from dataclasses import MISSING, fields
+        from importlib import import_module
+
+        module, _, config = name.partition(":")
+        config = getattr(import_module(f"trl_spo.synthetic.{module}"), config)
+        page = (ROOT / "docs" / "synthetic.md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| (`.+?) \| (.+?) \|", page, re.MULTILINE)
+        for field in fields(config):
+            of_field = [(names, default) for names, default in rows if f"`{field.name}`" in names]
+            assert of_field, field.name
+            default = field.default if field.default is not MISSING else None
+            if isinstance(default, int | float | str) and not isinstance(default, bool):
+                found = []
+                for names, cell in of_field:
+                    names, cells = re.findall(r"`(\w+)`", names), [part.strip('`" ') for part in cell.split(", ")]
+                    found.append(cells[names.index(field.name)] if len(cells) == len(names) else cells[0])
+                assert str(default) in found, (field.name, found)
 
     def test_every_extractor_and_language_stands_on_the_page(self):
         from trl_spo.sspo.key_content import EXTRACTORS, languages

@@ -44,6 +44,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer  # noq
 from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
+    add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
     global_then_local_main_first,
@@ -62,6 +63,7 @@ __all__ = [
     "VLLMGeneration",
     "_ForwardRedirection",
     "_tokenize",
+    "add_fused_lm_head",
     "check_trl_version",
     "common_prefix_length",
     "create_model_from_path",
@@ -107,6 +109,7 @@ _SIGNATURES: list[tuple[Callable, list[str]]] = [
         ["ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
         + ["logit_scale", "outputs"],
     ),
+    (add_fused_lm_head, ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]),
     (_ForwardRedirection.__call__, ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]),
     (
         unwrap_model_for_generation,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from trl_spo.cli import demo
+from trl_spo.cli import demo, demo_synthetic
 from trl_spo.sandbox import arithmetic, stories
 
 
@@ -31,6 +31,8 @@ def tiny_demo(tmp_path, monkeypatch):
     )
     sums = arithmetic.ArithmeticWorld
     monkeypatch.setattr("trl_spo.sandbox.ArithmeticWorld", lambda progress: sums(sums_config, progress))
+    monkeypatch.setattr(demo_synthetic, "NUM_PROMPTS", 24)
+    monkeypatch.setattr(demo_synthetic, "NUM_CHECKED", 6)
     monkeypatch.setattr(
         demo, "_be_quiet", lambda: None
     )  # what it silences would stay silent for the tests after this one
@@ -51,6 +53,7 @@ def test_demo(tiny_demo, tmp_path, capsys):
     for part, methods, numbers, percents in (
         (parts[0], demo._stories_methods(12), 4, 1),
         (parts[1], demo._sums_methods(), 1, 3),
+        (parts[2], ["SoftPO on these pairs"], 4, 1),
     ):
         for name in methods:
             row = next(line for line in part.splitlines() if line.strip().startswith(name))

@@ -8,8 +8,8 @@ a download.
 A tiny Llama is pretrained on stories of a template grammar whose true reward is known, it writes pairs of stories which that
 reward labels, and it is aligned on them by several trainers, with the same data, seed, learning rate and number of steps. Since
 the reward is known, what each policy is worth is measured and not judged. Another tiny Llama learns to add, and is then trained
-on pairs of a right and a wrong worked sum: how many sums it still gets right is what a preference loss may cost. The numbers
-are whatever comes out.
+on pairs of a right and a wrong worked sum: how many sums it still gets right is what a preference loss may cost. Last, a round of
+synthetic preferences: the story writer's own stories, judged by critics whose mistakes are known. The numbers are whatever comes out.
 
     trl-spo demo --output_dir demo_output
 """
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     _stories(args)
     _sums(args)
+    _synthetic(args)
     print(f"   {time.perf_counter() - start:.0f} seconds in all")
     return 0
 
@@ -81,7 +83,7 @@ def _be_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-# -- the two parts
+# -- the three parts
 
 
 def _stories(args: argparse.Namespace) -> None:
@@ -145,6 +147,47 @@ def _sums(args: argparse.Namespace) -> None:
         )
     print("4. What came out")
     _print_sums(rows, len(world.eval_sums))
+
+
+def _synthetic(args: argparse.Namespace) -> None:
+    from datasets import load_from_disk
+
+    from trl_spo.sandbox import StoriesWorld, reward, sample
+    from trl_spo.synthetic import EXTRA
+
+    from .demo_synthetic import CRITICS, NUM_PROMPTS, NUM_RESPONSES, make_dataset, print_jury
+
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        print(
+            f"5. Synthetic preferences are left out, because {', '.join(missing)} is not installed: pip install 'trl-spo[synthetic]'"
+        )
+        return
+    world = StoriesWorld(progress=True)
+    reference = world.model()
+    print("5. Synthetic preferences: one round on the stories")
+    print(
+        f"   the pretrained model writes {NUM_RESPONSES} stories to each of {NUM_PROMPTS} prompts, {len(CRITICS)} critics compare them, in "
+        "both orders"
+    )
+    samples = sample(reference, world.tokenizer, world.eval_prompts, seed=args.seed + 1000)
+    baseline = [reward(story) for story in samples.stories]
+
+    def measure(model: PreTrainedModel) -> dict[str, Estimate]:
+        return _measure_stories(model, reference, world, world.pairs("eval"), baseline, args.seed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        reports = make_dataset(world, Path(folder), args.seed)
+        pairs = load_from_disk(f"{folder}/run/dataset/preference")["train"]
+        pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
+        print_jury(reports)
+        rows = {"pretrained": measure(reference)}
+        options = {"max_completion_length": world.config.max_tokens, "learning_rate": STORIES_LEARNING_RATE}
+        rows["SoftPO on these pairs"], _ = _train(
+            "SoftPO on these pairs", "SoftPO", options, world, pairs, measure, "true reward", rows["pretrained"], args
+        )
+    print("6. What came out")
+    _print_stories(rows, len(world.eval_prompts), "Columns as above.")
 
 
 def _stories_methods(max_tokens: int) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -306,7 +349,7 @@ def _seconds(row: dict[str, Any]) -> str:
     return f"{row['seconds']:.0f}" if "seconds" in row else ""
 
 
-def _print_stories(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
+def _print_stories(rows: dict[str, dict[str, Any]], num_prompts: int, note: str | None = None) -> None:
     _print_table(
         rows,
         {
@@ -319,6 +362,9 @@ def _print_stories(rows: dict[str, dict[str, Any]], num_prompts: int) -> None:
             "seconds": _seconds,
         },
     )
+    if note is not None:
+        print(f"\n   {note}")
+        return
     print(
         f"""
    Measured on one sample for each of {num_prompts} held-out prompts (mean ± standard error over the prompts; one training each,

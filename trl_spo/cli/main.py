@@ -19,6 +19,7 @@ from trl_spo import __version__
 # `add_arguments(parser)` and `run(args)`; a trainer `a-name` is the module `trl_spo.cli.a_name`, with `make_parser(prog)`
 # and `main(...)`, and is started by `accelerate launch`.
 TOOLS = {
+    "synthesize": "make a preference dataset: a student, a jury of critics, filters",
     "demo": "align small models with DPO, SoftPO, StablePO and SSPO, on the spot, and compare them",
 }
 TRAINERS = {

@@ -28,7 +28,8 @@ from .._compat import (
     pad,
     use_adapter,
 )
-from .online_samples import OnlineSample, evaluation_mode
+from ..generation import evaluation_mode
+from .online_samples import OnlineSample
 from .soft_po_config import SoftPOConfig
 
 

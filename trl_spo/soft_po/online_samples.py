@@ -8,19 +8,18 @@ as it was: a resumed run draws what the uninterrupted one would have drawn, and 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import DistributedBackend, VLLMGeneration, pad, unwrap_model_for_generation
+from ..generation import evaluation_mode, only_generation_config, own_random_state
 from .soft_po_config import SoftPOConfig
 
 
@@ -77,15 +76,6 @@ class PromptSource:
         rows = list(islice(self._stream, start - self._position, start - self._position + count))
         self._position = start + count
         return rows
-
-
-@contextmanager
-def own_random_state(device: torch.device, *seed: int) -> Iterator[None]:
-    """Draws in this context depend on `seed` only, and leave the global random state as it was."""
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        yield
 
 
 class CompletionSampler:
@@ -213,7 +203,7 @@ class CompletionSampler:
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as unwrapped,
             self._dist.summon_full_params(model, recurse=False),
-            _only_generation_config(unwrapped, self.generation_config),
+            only_generation_config(unwrapped, self.generation_config),
         ):
             output = unwrapped.generate(
                 input_ids=input_ids,
@@ -222,36 +212,6 @@ class CompletionSampler:
                 synced_gpus=synced_gpus,
             )
         return output[:, input_ids.size(1) :].tolist()
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Puts the model into evaluation mode, and back into the one it was in."""
-    training = accelerator.unwrap_model(
-        model
-    ).training  # a DeepSpeed engine's own flag does not follow that of its module
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _only_generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """
-    Hides the model's own generation config, whose `repetition_penalty`, `min_p`, `suppress_tokens`, ... would fill in what
-    `config` leaves unset and so change the distribution that is sampled from.
-    """
-    holders = [model, model.get_base_model()] if is_peft_model(model) else [model]
-    originals = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = config
-    try:
-        yield
-    finally:
-        for holder, original in zip(holders, originals, strict=True):
-            holder.generation_config = original
 
 
 class SampleBuffer:

@@ -33,12 +33,13 @@ from .._compat import (
     no_reference_model,
     use_adapter,
 )
+from ..generation import own_random_state
 from ..metrics import MetricTotals
 from ..model_card import save_model_card
 from ..preference_checks import check_preferences, columns_of
 from .checks import check_context, check_parallelism, check_policy, check_vocabulary, load_reference, refuse_vision
 from .online_kl import OnlineKL, OnlineKLOutput
-from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer, own_random_state
+from .online_samples import CompletionSampler, OnlineSample, PromptSource, SampleBuffer
 from .preference_data import (
     DataCollatorForSoftPO,
     ListLayout,

@@ -1,0 +1,110 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_spo.synthetic.student_evaluation import (
+    StudentScorer,
+    distinct_n,
+    diversity,
+    preference_accuracy,
+    self_bleu,
+    text_log_likelihood,
+)
+
+
+def test_distinct_n():
+    assert distinct_n(["a b a b", "a b"], 1) == 2 / 6
+    assert distinct_n(["a b a b", "a b"], 2) == 2 / 4
+    assert distinct_n(["a b c", "d"], 2) == 1
+    assert distinct_n(["a b a b a b", "a b"], 2, num_words=2) == 1 / 2
+    assert distinct_n(["a", ""], 2) is None
+
+
+def test_self_bleu():
+    assert self_bleu([["the cat sat on the mat", "the cat sat on the mat"]]) == pytest.approx(1)
+    assert self_bleu([["one two three four", "five six seven eight"]]) < 0.1
+    # Geometric mean of the precisions 4/5, 3/4, 2/3, 1/2 of n-grams, and no brevity penalty, for either against the other
+    pair = ["a b c d e", "a b c d f"]
+    assert self_bleu([pair]) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    same = ["x y z w v"] * 2
+    assert self_bleu([pair, same]) == pytest.approx((2 * self_bleu([pair]) + 2) / 4)
+    assert self_bleu([["alone"], ["alone", "  "]]) is None
+
+
+@pytest.fixture(scope="module")
+def scorer(model_path):
+    return StudentScorer(model_path, {"dtype": "float32"}, batch_size=2)
+
+
+ROWS = [
+    ("Who is there", " It is me."),
+    ("Who", " Nobody at all, I think, and nobody ever was."),
+    ("", "A text by itself."),
+    ([{"role": "user", "content": "Hello"}], "Good day."),
+    ("Where is it", ""),
+]
+
+
+def test_scores_are_those_of_a_plain_forward_pass(scorer, model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    for (prompt, response), score in zip(ROWS, scorer.score(ROWS), strict=True):
+        if isinstance(prompt, str):
+            before = tokenizer(prompt).input_ids if prompt else []
+            ids = tokenizer(prompt + response + tokenizer.eos_token).input_ids
+        else:
+            chat = [*prompt, {"role": "assistant", "content": response}]
+            before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+            ids = tokenizer.apply_chat_template(chat, return_dict=True).input_ids
+        assert ids[: len(before)] == before
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        first = max(len(before), 1)
+        assert score.tokens == len(ids) - first
+        expected = sum(logps[i - 1, ids[i]].item() for i in range(first, len(ids)))
+        assert score.log_prob == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        entropy = -(logps.exp() * logps).sum(-1)[first - 1 : -1].sum().item()
+        assert score.entropy == pytest.approx(entropy, rel=1e-5, abs=1e-5)
+
+
+def test_a_long_response_is_cut_off(scorer):
+    limit = scorer.model.config.max_position_embeddings
+    (score,) = scorer.score([("Who", " is it" * limit)])
+    assert 0 < score.tokens < limit and math.isfinite(score.log_prob)
+
+
+def test_preference_accuracy(scorer):
+    (a, b) = scorer.score([("Who", " is it"), ("Who", " zebra zebra zebra")])
+    better, worse = " is it", " zebra zebra zebra"
+    if a.log_prob / a.tokens < b.log_prob / b.tokens:
+        better, worse = worse, better
+    assert preference_accuracy(scorer, [("Who", better, worse)] * 3 + [("Who", worse, better)])["rate"] == 0.75
+    # One of the same value counts half
+    found = preference_accuracy(scorer, [("Who", better, worse), ("Who", worse, worse)])
+    assert found["rate"] == 0.75 and found["number"] == 2
+    assert preference_accuracy(scorer, [])["rate"] is None
+
+
+def test_text_log_likelihood(scorer):
+    texts = ["A text by itself.", "And another one, which is longer."]
+    scores = scorer.score([("", text) for text in texts])
+    expected = sum(score.log_prob for score in scores) / sum(score.tokens for score in scores)
+    assert text_log_likelihood(scorer, texts) == pytest.approx(expected)
+
+
+def test_diversity(scorer):
+    rows = [
+        {"prompt": "Who", "responses": [{"text": " is it"}, {"text": " is she"}]},
+        {"prompt": "What", "responses": [{"text": " is it"}, {"text": " is it"}]},
+    ]
+    found = diversity(scorer, rows)
+    assert found["distinct_1"] == 3 / 8 and found["distinct_2"] == 2 / 4 and found["mean_words"] == 2
+    scores = scorer.score((row["prompt"], response["text"]) for row in rows for response in row["responses"])
+    entropy = sum(score.entropy for score in scores) / sum(score.tokens for score in scores)
+    assert found["entropy"] == pytest.approx(entropy) and 0 < entropy < math.log(scorer.model.config.vocab_size)
+    assert 0 < found["self_bleu"] < 1

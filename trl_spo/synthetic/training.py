@@ -1,0 +1,389 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training on synthetic preferences, in processes of its own under `accelerate launch`, so that the memory of one training is free for
+the next stage.
+
+What runs in each process is [`main`], which reads what it is told from a JSON file:
+
+    accelerate launch --module trl_spo.synthetic.training training.json
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..cli.launch import accelerate_config_path
+from .files import digest, read_json, write_json
+from .identity import weights_identity
+
+
+logger = logging.get_logger(__name__)
+
+# Name of a method -> its trainer, its config, the options that make it what it is, and the forms of the dataset that it takes
+METHODS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
+    "dpo": ("trl:DPOTrainer", "trl:DPOConfig", {}, ("preference",)),
+    "ipo": ("trl:DPOTrainer", "trl:DPOConfig", {"loss_type": ["ipo"]}, ("preference",)),
+    "kto": ("trl:KTOTrainer", "trl:KTOConfig", {}, ("unpaired",)),
+    "soft_po": ("trl_spo:SoftPOTrainer", "trl_spo:SoftPOConfig", {}, ("preference", "ranked")),
+    "stable_po": ("trl_spo:StablePOTrainer", "trl_spo:StablePOConfig", {}, ("preference",)),
+    "sspo": ("trl_spo:SSPOTrainer", "trl_spo:SSPOConfig", {}, ("preference",)),
+    "sspo_kto": ("trl_spo:SSPOKTOTrainer", "trl_spo:SSPOKTOConfig", {}, ("unpaired",)),
+    "reward": ("trl:RewardTrainer", "trl:RewardConfig", {}, ("preference",)),
+}
+# The margin of a pair is not among them: RewardTrainer would add it to its loss, and then a difference of its scores is no
+# log-odds any more, as RewardCritic takes it
+_COLUMNS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "ranked": ("prompt", "completions", "scores"),
+    "unpaired": ("prompt", "completion", "label"),
+}
+_OURS = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token")
+_PATHS = ("model", "dataset", "reference")  # which tell nothing: what is there is compared instead
+
+
+class TrainingError(RuntimeError):
+    """A training has ended with an error, which it has shown."""
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """
+    A training by name.
+
+    Args:
+        method (`str`):
+            `"dpo"`, `"ipo"`, `"kto"`, `"soft_po"`, `"stable_po"`, `"sspo"`, `"sspo_kto"`, or `"reward"` for a reward model.
+        options (`dict[str, Any]`, *optional*):
+            Options of the method's config, such as `{"learning_rate": 1e-6, "beta": 0.1}` of [`~trl.DPOConfig`].
+        form (`str`, *optional*):
+            Form of the dataset, where the method takes several: Soft PO takes `"preference"`, the default, and `"ranked"`.
+        peft (`dict[str, Any]`, *optional*):
+            Options of [`~peft.LoraConfig`], to train an adapter, which is then merged.
+        accelerate_config (`str`, *optional*):
+            One of the packaged configs, such as `"zero3"`, or the path of another. By default that of `accelerate config`.
+        num_processes (`int`, *optional*):
+            Number of processes; by default as many as devices.
+
+    Raises:
+        `ValueError`: a name is unknown, or an option has no such value.
+    """
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    form: str | None = None
+    peft: dict[str, Any] | None = None
+    accelerate_config: str | None = None
+    num_processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {list(METHODS)}, got {self.method!r}.")
+        _, config_name, fixed, forms = METHODS[self.method]
+        if self.form not in (None, *forms):
+            raise ValueError(f"`form` of the method {self.method!r} must be one of {list(forms)}, got {self.form!r}.")
+        known = {f.name for f in fields(_import(config_name))}
+        for name in self.options:
+            if name in _OURS or name in fixed:
+                raise ValueError(
+                    f"`{name}` cannot be among the `options` of the method {self.method!r}, which sets it itself. Leave it out."
+                )
+            if name not in known:
+                raise ValueError(f"`{name}` is no option of `{config_name.split(':')[1]}` (`method={self.method!r}`).")
+        if self.accelerate_config is not None:
+            accelerate_config_path(self.accelerate_config)
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"`num_processes` must be at least 1, got {self.num_processes}.")
+        self.make_args("unused")
+        if self.peft is not None:
+            self.make_peft_config()
+
+    def make_args(self, output_dir: str) -> Any:
+        """The config of the trainer."""
+        _, config_name, fixed, _ = METHODS[self.method]
+        return _import(config_name)(output_dir=output_dir, **fixed, **self.options)
+
+    def make_peft_config(self) -> Any:
+        from peft import LoraConfig
+
+        task = "SEQ_CLS" if self.method == "reward" else "CAUSAL_LM"
+        try:
+            return LoraConfig(**{"task_type": task, **self.peft})
+        except TypeError as error:
+            raise ValueError(f"`peft` must have options of `LoraConfig`: {error}.") from error
+
+    def reads_reference(self) -> bool:
+        """Whether the method has a reference model."""
+        args = self.make_args("unused")
+        match self.method:
+            case "reward":
+                return False
+            case "soft_po":
+                return args.beta > 0 or args.calibration != "none"
+            case "stable_po":
+                return args.reads_reference
+            case _:
+                return True
+
+
+def train(
+    config: TrainingConfig,
+    model: str,
+    dataset: Path,
+    folder: Path,
+    reference: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """
+    Trains a model, goes on from the last checkpoint of a run that was stopped, and does nothing if the model is there.
+
+    Args:
+        config ([`TrainingConfig`]):
+            How.
+        model (`str`):
+            Path or name of the model to start from.
+        dataset (`Path`):
+            Folder of [`build_dataset`].
+        folder (`Path`):
+            Where to: the model in `model/`, checkpoints in `checkpoints/`, and `training.json`, what it was told.
+        reference (`str`, *optional*):
+            Path or name of the reference model; by default the model to start from.
+        replace (`bool`, *optional*, defaults to `False`):
+            Whether to remove a training of something else that the folder has.
+
+    Returns:
+        `Path`: folder of the model and its tokenizer.
+
+    Raises:
+        `ValueError`: the folder has a training of something else.
+        [`TrainingError`]: it failed.
+    """
+    if reference == model or not config.reads_reference():
+        reference = None
+    told = {
+        "method": config.method,
+        "options": config.options,
+        "form": config.form or METHODS[config.method][3][0],
+        "peft": config.peft,
+        "model": model,
+        "dataset": str(dataset),
+        "data": _digest_of(dataset / (config.form or METHODS[config.method][3][0])),
+        "reference": reference,
+        "weights": weights_identity(model),
+        "reference_weights": None if reference is None else weights_identity(reference),
+    }
+    path, result = folder / "training.json", folder / "model"
+    if path.is_file():
+        before = read_json(path)
+        changed = [
+            f"`{name}` was {before.get(name)!r} and is now {told[name]!r}"
+            for name in told
+            if name not in _PATHS and before.get(name) != told[name]
+        ]
+        if changed and not replace:
+            raise ValueError(
+                f"'{folder}' has another training: {'; '.join(changed)}. Remove the folder to train anew, and what was made with the model: "
+                "in a run with `rounds` its evaluation and the rounds after it."
+            )
+        if changed:
+            aside = folder.with_name(f".{folder.name}.replaced")  # all of it at once, whenever this is killed
+            shutil.rmtree(aside, ignore_errors=True)
+            with _only_one(folder):
+                folder.rename(aside)
+            shutil.rmtree(aside)
+        elif result.is_dir():
+            return result
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder) as lock:
+        if result.is_dir():  # since then
+            return result
+        made = folder / "trained"
+        if not made.is_dir():  # or it was stopped after that
+            write_json(path, told)
+            _launch(config, path, lock)
+        if config.peft is not None:
+            made = _merged(config, model, made)
+        made.rename(result)
+    return result
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[int]:
+    """
+    Makes sure that nobody else trains in a folder: `accelerate launch` outlives the process that began it, if that is killed. It holds the
+    lock, which is passed on to it, for as long as it lives.
+    """
+    import fcntl
+
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"Another process trains in '{folder}', maybe one that an earlier run has left behind. Wait for it, or stop it."
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                "The folder '%s' cannot be locked (%s): make sure that nobody else trains in it.", folder, error
+            )
+        yield file
+    finally:
+        os.close(file)
+
+
+def _launch(config: TrainingConfig, path: Path, lock: int) -> None:
+    folder = path.parent
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    num_processes = config.num_processes
+    if config.accelerate_config is not None:
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        file = accelerate_config_path(config.accelerate_config)
+        command += ["--config_file", file]
+        if (
+            num_processes is None and load_config_from_file(file).num_processes == -1
+        ):  # the packaged ones leave it open
+            import torch
+
+            num_processes = max(torch.cuda.device_count(), 1)
+    if num_processes is not None:
+        command += ["--num_processes", str(num_processes)]
+    status = subprocess.run([*command, "--module", __name__, str(path)], pass_fds=(lock,)).returncode
+    if status != 0 or not (folder / "trained").is_dir():
+        raise TrainingError(
+            f"The training in '{folder}' has ended with status {status}. Its error is above. Run this again: it goes on from the last "
+            "checkpoint."
+        )
+
+
+def _digest_of(form: Path) -> str:
+    """Of the rows of a form, so that a dataset that was made anew is not taken for the old one."""
+    digests = [
+        digest(path) for path in sorted(form.rglob("data-*.arrow"))
+    ]  # besides which trainers cache what they make of them
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _merged(config: TrainingConfig, model: str, adapter: Path) -> Path:
+    """The model with its adapter in its weights, so that it is loaded as any other."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    # In the precision that it was trained in: in bfloat16, a small update would be rounded away
+    kwargs = _init_kwargs(config.make_args("unused"))
+    if config.method == "reward":
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **kwargs)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=kwargs["trust_remote_code"])
+    if config.method == "reward":
+        base.config.pad_token_id = tokenizer.pad_token_id
+    folder = adapter.with_name("merged")
+    shutil.rmtree(folder, ignore_errors=True)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _init_kwargs(args: Any) -> dict[str, Any]:
+    """Of `from_pretrained`, as TRL's trainers load a model by its name."""
+    kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    kwargs.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    return kwargs
+
+
+def _check_saving(trainer: Any) -> None:
+    """Raises a `ValueError` if the launch config would leave no model at the end, but shards only."""
+    state = trainer.accelerator.state
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        if not state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get(
+            "stage3_gather_16bit_weights_on_model_save"
+        ):
+            raise ValueError(
+                "The accelerate config has `zero3_save_16bit_model: false`, with which no whole model is saved. Set it to `true`."
+            )
+    elif trainer.is_fsdp_enabled and "FULL" not in str(state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            f"The accelerate config has `fsdp_state_dict_type: {state.fsdp_plugin.state_dict_type}`, with which no whole model is saved. "
+            "Set it to `FULL_STATE_DICT`."
+        )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is complete: one that was being written when the process was killed has no state of the trainer yet."""
+
+    def step(path: Path) -> int:
+        return int(path.name.rpartition("-")[2])
+
+    for path in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
+        try:
+            read_json(path / "trainer_state.json")
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning("The checkpoint '%s' is not complete, and the one before it is taken.", path)
+            continue
+        return str(path)
+    return None
+
+
+def main(path: str) -> None:
+    """What each process runs."""
+    from datasets import load_from_disk
+
+    from .._compat import create_model_from_path
+
+    told = read_json(Path(path))
+    folder = Path(path).parent
+    config = TrainingConfig(**{name: told[name] for name in ("method", "options", "form", "peft")})
+    checkpoints = folder / "checkpoints"
+    args = config.make_args(str(checkpoints))
+    splits = load_from_disk(str(Path(told["dataset"]) / told["form"]))
+    splits = {name: split.select_columns(_COLUMNS[told["form"]]) for name, split in splits.items()}
+    kwargs: dict[str, Any] = {}
+    if config.peft is not None:
+        kwargs["peft_config"] = config.make_peft_config()
+    if told["reference"] is not None:
+        init = _init_kwargs(args)
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            init["device_map"] = None
+        kwargs["ref_model"] = create_model_from_path(told["reference"], **init)
+    trainer = _import(METHODS[config.method][0])(
+        model=told["model"],
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("test") if args.eval_strategy != "no" else None,
+        **kwargs,
+    )
+    _check_saving(trainer)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    new = folder / "trained.new"
+    trainer.save_model(str(new))
+    if trainer.accelerator.is_main_process:
+        trainer.create_model_card(model_name=folder.resolve().parent.name)
+        shutil.copy(checkpoints / "README.md", new / "README.md")
+        shutil.rmtree(folder / "trained", ignore_errors=True)
+        new.rename(folder / "trained")
+    trainer.accelerator.wait_for_everyone()
+    if hasattr(trainer, "end"):  # transformers >= 5.18: finishes the trackers and the process group
+        trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
