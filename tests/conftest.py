@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models with a real tokenizer, made here: no download, nothing to find on disk."""
 
+import functools
 import gc
+import importlib.metadata
 import string
 from pathlib import Path
 
@@ -63,10 +65,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick():
-    # The models are so small that more threads only get into each other's way, and that the garbage collection at the start
-    # of each training would take longer than the training if it had to look at all that has been imported
+    # The models are so small that more threads only get into each other's way, and that what follows would take longer than the
+    # training: the garbage collection at its start, if it had to look at all that has been imported, and Accelerate, which reads
+    # the metadata of DeepSpeed and PEFT from the disk several times a step
     torch.set_num_threads(1)
     gc.freeze()
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 @pytest.fixture(scope="session")

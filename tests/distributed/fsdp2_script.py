@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, load_from_disk
-from leaving import leave
+from process import begin, leave
 from soft_po_script import given_samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -150,6 +150,6 @@ def check_soft_po(world: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     main(Path(sys.argv[1]))
     leave()

@@ -1,22 +1,28 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the resume tests run: `resume_script.py WORLD RUN...`, in one process or several, where a RUN is OUT/KIND@KILL_AT.
+What the resume tests run: `resume_script.py WORLD RUN...`, in one process or several, where a RUN is OUT/KIND@END.
 
-Each run trains ten steps with a checkpoint every second one, in the folder OUT/KIND. With KILL_AT >= 0 the last process kills itself,
-as a machine that goes away would, in the middle of that optimizer step; with -1 it runs to the end, from the last checkpoint if
-there is one.
+Each run trains ten steps with a checkpoint every second one, in the folder OUT/KIND, from the last checkpoint if there is one. With a
+step for END the last process kills itself, as a machine that goes away would, in the middle of that optimizer step; with "end" it
+runs to the end, and with "error" it has to fail, and leaves its error in OUT/KIND.txt.
+
+Every run has processes of its own. They are forked when all is imported, which takes longer than a run.
 """
 
 import os
 import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import load_from_disk
-from leaving import leave
 from peft import LoraConfig
+from process import begin, leave
+from torch.distributed import TCPStore
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_spo import SoftPOConfig, SoftPOTrainer, SSPOConfig, SSPOTrainer, StablePOConfig, StablePOTrainer
@@ -49,7 +55,7 @@ KINDS = {
 }
 
 
-def main(world: Path, out: Path, kill_at: int) -> None:
+def train(world: Path, out: Path, kill_at: int | None) -> None:
     kind = out.name
     lora, deepspeed = "lora" in kind, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if KINDS[kind] is SOFT_PO:
@@ -85,7 +91,7 @@ def main(world: Path, out: Path, kill_at: int) -> None:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if lora else None,
         **(sft if "sft" in kind else {}),
     )
-    if kill_at >= 0 and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
+    if kill_at is not None and is_last_process():
         step, calls = trainer.training_step, [0]
 
         def training_step(*args, **kwargs):
@@ -99,9 +105,56 @@ def main(world: Path, out: Path, kill_at: int) -> None:
     trainer.save_model(str(out / "final"))
 
 
+def is_last_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def forked(function: Callable[[], None], stderr: Path | None) -> int:
+    """The exit code of a process that calls the function, and has what it says of an error in a file."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            leave()
+        except BaseException:
+            if stderr is None:
+                traceback.print_exc()
+            else:
+                stderr.write_text(traceback.format_exc())
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        folder, kill_at = name.rsplit("@", 1)
-        main(Path(sys.argv[1]), Path(folder), int(kill_at))
-    leave()
+    begin()
+    store = None
+    if "RANK" in os.environ:
+        # Each run has a store of its own, or its processes would meet those of the run before. The launcher's tells them where.
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for number, name in enumerate(sys.argv[2:]):
+        folder, end = name.rsplit("@", 1)
+        if store is not None:
+            if os.environ["RANK"] == "0":
+                store.set(f"port of run {number}", free_port())
+            os.environ["MASTER_PORT"] = store.get(f"port of run {number}").decode()  # waits for it
+        kill_at = int(end) if end.isdigit() else None
+        stderr = Path(f"{folder}.txt") if end == "error" and is_last_process() else None
+        code = forked(partial(train, Path(sys.argv[1]), Path(folder), kill_at), stderr)
+        if kill_at is None:
+            expected = code == (0 if end == "end" else 1)
+        elif is_last_process():
+            last = get_last_checkpoint(folder)
+            expected = code == -signal.SIGKILL and last.endswith(f"checkpoint-{kill_at // 2 * 2}")
+        else:  # fails when it misses the other
+            expected = code == 1
+        if not expected:
+            sys.exit(f"{name} ended with {code}")

@@ -12,12 +12,11 @@ import itertools
 import sys
 from pathlib import Path
 
-import torch
-from leaving import leave
+from process import begin, leave
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    begin()
     for is_end, words in itertools.groupby(sys.argv[1:], lambda word: word == "--"):
         if not is_end:
             name, world, out, *scenarios = words

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -260,7 +259,8 @@ class OnlineKL:
 
 
 def _causal_lm(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
+    # Of an unwrapped model: `is_peft_model` unwraps it again, and reads the metadata of packages from the disk each time
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _completion_states(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:

@@ -1,10 +1,23 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""The begin and the end of a script that the tests run."""
+
+import functools
+import gc
+import importlib.metadata
 import os
 import sys
 
+import torch
 from accelerate import PartialState
+
+
+def begin() -> None:
+    """Call it when all is imported. Saves the time that `tests/conftest.py` saves too."""
+    torch.set_num_threads(1)
+    gc.freeze()
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 def leave() -> None:
