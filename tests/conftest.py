@@ -65,12 +65,16 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick():
-    # The models are so small that more threads only get into each other's way, and that what follows would take longer than the
-    # training: the garbage collection at its start, if it had to look at all that has been imported, and Accelerate, which reads
-    # the metadata of DeepSpeed and PEFT from the disk several times a step
+    # The models are so small that more threads only get into each other's way, and that the training would take less than
+    # Accelerate takes to read the metadata of DeepSpeed and PEFT from the disk, several times a step
     torch.set_num_threads(1)
-    gc.freeze()
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    # Or the garbage collection at the start of each training would look at all that has been imported
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ Each scenario of a script trains once from the model and the dataset in the fold
 `report.json`. All of them in one launch, since to start the processes takes longer than a scenario.
 """
 
+import gc
 import importlib
 import itertools
 import sys
@@ -16,11 +17,11 @@ from process import begin, leave
 
 
 if __name__ == "__main__":
+    runs = [list(words) for is_end, words in itertools.groupby(sys.argv[1:], lambda word: word == "--") if not is_end]
+    scripts = [importlib.import_module(name) for name, *_ in runs]
     begin()
-    for is_end, words in itertools.groupby(sys.argv[1:], lambda word: word == "--"):
-        if not is_end:
-            name, world, out, *scenarios = words
-            script = importlib.import_module(name)
-            for scenario in scenarios:
-                script.run(Path(world), Path(out), scenario)
+    for script, (_, world, out, *scenarios) in zip(scripts, runs, strict=True):
+        for scenario in scenarios:
+            script.run(Path(world), Path(out), scenario)
+            gc.freeze()  # what a scenario leaves behind, DeepSpeed's engines among it
     leave()
