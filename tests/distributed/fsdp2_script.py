@@ -1,20 +1,19 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Soft PO's KL regularizer, Stable PO's penalty and SSPO's degree heads on models that FSDP2 shards: `fsdp2_script.py WORLD`, two processes.
+Soft PO's KL regularizer, Stable PO's penalty and SSPO's degree heads on models that FSDP2 shards, see `run_scripts.py`.
 
 Accelerate does not admit FSDP2 on the CPU, so the models are sharded here by hand, with PyTorch's `fully_shard`, as
 Accelerate would. Each process compares its gradient with that of the whole model on all samples.
 """
 
 import copy
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, load_from_disk
-from process import begin, leave
 from soft_po_script import given_samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -115,13 +114,6 @@ def check_sspo(world: Path, removal: str) -> None:
     assert all(isinstance(parameter, DTensor) for parameter in sharded.degree_heads.parameters())
 
 
-def main(world: Path) -> None:
-    check_stable_po(world)
-    for removal in ("hidden_states", "text"):
-        check_sspo(world, removal)
-    check_soft_po(world)
-
-
 def check_soft_po(world: Path) -> None:
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "online_samples_per_step": 4}
     configs = [SoftPOConfig("unused", kl_estimator=estimator, **options) for estimator in ("token", "score")]
@@ -149,7 +141,15 @@ def check_soft_po(world: Path) -> None:
         accelerator.print(f"{args.kl_estimator}: equal")
 
 
-if __name__ == "__main__":
-    begin()
-    main(Path(sys.argv[1]))
-    leave()
+CHECKS = {
+    "stable_po": check_stable_po,
+    "sspo": partial(check_sspo, removal="hidden_states"),
+    "sspo_text": partial(check_sspo, removal="text"),
+    "soft_po": check_soft_po,
+}
+
+
+def run(world: Path, out: Path, scenario: str) -> None:
+    assert PartialState(cpu=True, backend="gloo").num_processes == 2
+    CHECKS[scenario](world)
+    (out / f"{scenario}_{PartialState().process_index}").touch()

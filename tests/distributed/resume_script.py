@@ -10,6 +10,7 @@ runs to the end, and with "error" it has to fail, and leaves its error in OUT/KI
 Every run has processes of its own. They are forked when all is imported, which takes longer than a run.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -134,6 +135,8 @@ def forked(function: Callable[[], None], stderr: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    for name in ("deepspeed", "rake_nltk"):  # which each run would import
+        importlib.import_module(name)
     begin()
     store = None
     if "RANK" in os.environ:
