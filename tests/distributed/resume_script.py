@@ -12,6 +12,7 @@ Every run has processes of its own. They are forked when all is imported, which 
 
 import importlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from datasets import load_from_disk
 from peft import LoraConfig
 from process import begin, leave
@@ -121,6 +124,9 @@ def forked(function: Callable[[], None], stderr: Path | None) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            random.seed()  # as in a process of its own, so that what is drawn without a seed differs among them
+            np.random.seed()
+            torch.seed()
             function()
             leave()
         except BaseException:
