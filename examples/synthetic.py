@@ -51,6 +51,17 @@ def main() -> None:
     parser.add_argument("--output_dir", help="folder to write to (default: that of the config)")
     args = parser.parse_args()
     config = SynthesisConfig.from_yaml(args.config)
+    for option, value in {
+        "reward_model": config.reward_model,
+        "rounds": config.rounds,
+        "prompts.embed": config.prompts.embed,
+        "dataset.push_to_hub": config.dataset.push_to_hub,
+    }.items():
+        if value is not None:
+            parser.error(
+                f"this script does not know `{option}` of {args.config}: remove it, or use `trl-spo synthesize`"
+            )
+    filters = FilterConfig(**config.pairs.filters)
     folder = Path(args.output_dir or config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -64,7 +75,8 @@ def main() -> None:
     of_prompts = config.prompts
     tokenizer = None
     if of_prompts.max_prompt_length is not None:
-        tokenizer = AutoTokenizer.from_pretrained(config.candidates.student["model"])
+        of_student = config.candidates.student
+        tokenizer = AutoTokenizer.from_pretrained(of_student["model"], revision=of_student.get("revision") or "main")
     prepared = prepare_prompts(
         load_dataset(**of_prompts.dataset),
         tokenizer=tokenizer,
@@ -123,7 +135,7 @@ def main() -> None:
     to_filter, rows = [], []
     for row, reason in judged:
         to_filter.append(row) if reason is None else rows.append((row, reason))
-    rows += filter_pairs(to_filter, FilterConfig(**config.pairs.filters))
+    rows += filter_pairs(to_filter, filters)
     write_rows(folder / "kept.jsonl", (row for row, reason in rows if reason is None))
     write_rows(folder / "dropped.jsonl", ({**row, "reason": reason} for row, reason in rows if reason is not None))
     counts = Counter(reason or "kept" for _, reason in rows)

@@ -310,7 +310,7 @@ class TestCritics:
         report = agreement_report([row_of(scored, silent, lengths=(1, 2))])["critics"]
         assert report["s"]["votes"] == 1 and report["s"]["longer_rate"] == wilson_rate(1, 1)
         assert report["s"]["verdicts"] == {"A": 0, "B": 0, "tie": 0}
-        assert report["s"]["first_shown_rate"]["rate"] is None
+        assert report["s"]["first_shown_rate"]["rate"] is None and report["s"]["flip_rate"]["rate"] is None
         assert report["r"]["abstained"] == 1 and report["r"]["longer_rate"]["number"] == 0
 
     def test_position_biased(self):

@@ -217,6 +217,13 @@ class TestReliability:
         assert expected > 0.06
         assert report["reliability"]["expected_calibration_error"] == pytest.approx(expected, abs=0.02)
 
+    def test_what_a_rule_knows_is_not_the_confidence_of_the_jury(self):
+        votes = [{"critic": "a", "share": 1.0}]
+        row = {"votes": votes, "share": 1.0, "lengths": (1, 2)}
+        verdicts = [{**row, "truth": "a"}] * 90 + [{**row, "truth": None}] * 10
+        table = human_check(verdicts, [0] * 95 + [1] * 5)["reliability"]
+        assert table["number"] == 10 and table["expected_calibration_error"] == pytest.approx(0.5)
+
     def test_tenths_are_drawn_by_the_seed(self):
         verdicts, labels = simulated(np.random.default_rng(3), [0.8, 0.6], 50)
         one, same, other = (fit_calibration(verdicts, labels, seed) for seed in (0, 0, 1))

@@ -650,6 +650,38 @@ def test_an_endpoint_wants_conversations(server, prompts, tmp_path):
     assert not server.bodies
 
 
+def test_an_endpoint_is_not_sent_tools(tmp_path):
+    with AnswerStore(tmp_path / "store.sqlite") as store:
+        for name, value in (("tools", [{"type": "function"}]), ("chat_template_kwargs", {"enable_thinking": False})):
+            with pytest.raises(ValueError, match=f"The prompts have `{name}`, which `EndpointStudent` does not send"):
+                generate_candidates(
+                    chats("one").add_column(name, [value]),
+                    endpoint_student("http://127.0.0.1:9/v1", store),
+                    tmp_path / "c.jsonl",
+                )
+
+
+def test_secrets_of_an_endpoint_student_are_in_no_file(tmp_path):
+    with AnswerStore(tmp_path / "store.sqlite") as store:
+        student = endpoint_student("https://me:pw@host/v1?key=abc", store, extra_body={"api_key": "sk-1"})
+        assert not any(secret in json.dumps(student.load()) for secret in ("pw", "abc", "sk-1"))
+        assert not any(secret in student.endpoint.where for secret in ("pw", "abc"))
+
+
+def test_a_message_without_content_has_a_price():
+    endpoint = Endpoint(model="a", base_url="http://127.0.0.1:9/v1", api_key_env=None, prompt_price=1e6)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    options = {"max_completion_tokens": 0}
+    assert endpoint._most([call], options) > endpoint._most([{"role": "assistant", "content": ""}], options) + 40
+
+
+def test_settings_of_paths_that_differ_in_a_dot(student, prompts, tmp_path):
+    for seed in (1, 2):
+        generate_candidates(prompts, student, tmp_path / f"cands.seed{seed}", seed=seed)
+    generate_candidates(prompts, student, tmp_path / "cands.seed1", seed=1)
+    assert len(list(tmp_path.glob("cands.seed?.settings.json"))) == 2
+
+
 # vLLM, which cannot be installed everywhere
 
 

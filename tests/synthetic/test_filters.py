@@ -198,6 +198,19 @@ class TestGroundTruth:
         votes = [vote(for_truth), *({**other, "correct": correct} for other in others)]
         assert reason(pair(**fields, votes=votes)) is None
 
+    def test_of_a_rule_that_grades_the_better_one_may_be_wrong_too(self):
+        fields = {"truth": "x", "votes": [vote(), {**vote(1.0), "rule": True, "scores": [0.4, 0.2]}]}
+        for correct, contradicts in [
+            (["A", "B"], False),
+            (["neither"] * 2, False),
+            (["both"] * 2, False),
+            (["B", "A"], True),
+        ]:
+            fields["votes"][0]["correct"] = correct
+            assert reason(pair(**fields)) == ("rationale contradicts the ground truth" if contradicts else None)
+        fields["votes"][0]["correct"], fields["votes"][1]["scores"] = ["both"] * 2, [1.0, 0.0]
+        assert reason(pair(**fields)) == "rationale contradicts the ground truth"
+
     def test_without_a_truth_no_claim_contradicts_it(self):
         assert reason(pair(votes=[vote(correct=["B", "both"])])) is None
 

@@ -466,3 +466,9 @@ class TestBadInput:
             return
         with pytest.raises(ValueError, match=message):
             make_critic(options.pop("model", "right"), "right", **options)
+
+
+def test_a_rule_that_gives_nan():
+    critic = RuleCritic(name="rule", function=lambda prompt, response: float("nan"))
+    with pytest.raises(ValueError, match="critic 'rule' returned NaN for the response 'one'"):
+        list(critic.answer([("a", Request("Who?", ("one",)))]))

@@ -127,6 +127,22 @@ def test_reward_critic(reward_model, tmp_path):
         assert row["winner"] == str(int(scores[1] > scores[0]))
 
 
+def test_a_model_that_gives_nan(critic, reward_model, tmp_path):
+    for some, head in ((critic, "lm_head"), (RewardCritic(name="reward", model=reward_model), "score")):
+        some.check({})
+        getattr(some.model, head).weight.data.fill_(math.nan)
+        with AnswerStore(tmp_path / f"{head}.sqlite") as store:
+            with pytest.raises(ValueError, match=f"The model of the critic '{some.name}' gives .*nan"):
+                Jury([some]).ask(PAIRS, store)
+            assert len(store) == 0
+
+
+@pytest.mark.parametrize("max_length", [0, -5])
+def test_max_length_out_of_range(reward_model, max_length):
+    with pytest.raises(ValueError, match=f"`max_length` must be at least 1, or `None`, got {max_length}"):
+        RewardCritic(name="reward", model=reward_model, max_length=max_length)
+
+
 def test_reads_texts_as_the_reward_trainer(reward_model, tmp_path):
     critic = RewardCritic(name="reward", model=reward_model)
     critic.check({})

@@ -19,11 +19,12 @@ from datasets import Features, List, Value, load_from_disk
 from markdown_it import MarkdownIt
 
 from trl_spo.synthetic.agreement import agreement_report
-from trl_spo.synthetic.card import cell, make_card, without_secrets
+from trl_spo.synthetic.card import cell, make_card
 from trl_spo.synthetic.check_set import human_check
 from trl_spo.synthetic.files import write_json, write_rows
 from trl_spo.synthetic.output import FORMS, build_dataset, split_of, unpaired_rows
 from trl_spo.synthetic.pairs import preference_pairs
+from trl_spo.synthetic.redaction import without_secrets
 from trl_spo.synthetic.synthesis import Synthesis
 from trl_spo.synthetic.synthesis_config import SynthesisConfig, from_dict
 
@@ -491,6 +492,11 @@ def test_what_is_a_secret():
         "Authorization",
     ):
         assert without_secrets([{name: {"a": 1, name: ["x"]}}]) == [{name: {"a": 1, name: ["(left out)"]}}]
+    assert without_secrets({"credentials": {"value": "x"}, "password": 12345, "n": 1}) == {
+        "credentials": {"value": "(left out)"},
+        "password": "(left out)",
+        "n": 1,
+    }
     assert without_secrets(["http://me:pw@host/a?b=c#d", "s3://me@bucket/?"]) == [
         "http://host/a?(left out)",
         "s3://bucket/?",

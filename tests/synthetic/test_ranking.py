@@ -16,6 +16,8 @@ from scipy.special import expit, log_expit
 
 from trl_spo.preference_checks import check_preferences
 from trl_spo.soft_po.preference_data import _ranks
+from trl_spo.synthetic.filters import FilterConfig, filter_pairs
+from trl_spo.synthetic.pairs import preference_pairs
 from trl_spo.synthetic.ranking import bradley_terry, compared_pairs, ranked_list, select_pairs
 
 
@@ -346,3 +348,24 @@ class TestRankedList:
     def test_nothing_to_rank(self):
         for shares in (shares_of(3, {}), shares_of(3, {(0, 1): 0.5, (1, 2): 0.5}), shares_of(1, {})):
             assert ranked_list(bradley_terry(shares), shares) == ([], [])
+
+
+@pytest.mark.parametrize(("compared", "expected"), [(True, "no votes"), (False, None)])
+def test_the_best_and_the_worst_that_nobody_could_tell_apart_are_no_pair(compared, expected):
+    responses = [{"id": str(k), "text": f"{'abc'[k]} response that is number {k}"} for k in range(3)]
+    row = {"prompt_id": "p", "prompt": "Who?", "responses": responses}
+    said = [{"critic": "a", "status": "vote", "share": 1.0}]
+    flipped = [{"critic": "a", "status": "flipped", "share": None}]
+    common = {"prompt_id": "p", "prompt": "Who?", "truth": None}
+    verdicts = [
+        {**common, "response_ids": [i, j], "votes": said, "share": 1.0, "winner": i, "confidence": 1.0}
+        for i, j in (("0", "1"), ("1", "2"))
+    ]
+    if compared:
+        undecided = {"votes": flipped, "share": None, "winner": None, "confidence": 0.0}
+        verdicts.insert(1, {**common, "response_ids": ["0", "2"], **undecided})
+    [(pair, reason)] = preference_pairs([row], verdicts)
+    assert reason is None and (pair["chosen_id"], pair["rejected_id"]) == ("0", "2")
+    [(pair, reason)] = filter_pairs([pair], FilterConfig(min_confidence=0.1, max_similarity=None))
+    assert reason == expected
+    assert pair["votes"] == (flipped if compared else [])

@@ -3,6 +3,7 @@
 """Rounds with a tiny student and scripted critics. The trainings run in this process; that they are launched is in test_training.py."""
 
 import json
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -236,6 +237,11 @@ RULES = {
             ["capability 'texts' fell from -1 to -11.1.*`max_drop=10.0`"],
         ),
         ({"diversity": {"distinct_2": 0.34, "entropy": 2.0, "self_bleu": 0.3}}, ["distinct_2 fell from 0.5 to 0.34"]),
+        ({"capabilities": {"texts": math.nan, "weight": 1.0}}, ["capability 'texts' fell from -1 to nan"]),
+        (
+            {"diversity": {"distinct_2": 0.5, "entropy": math.nan, "self_bleu": 0.3}},
+            ["entropy fell from 2 to nan"],
+        ),
         ({"diversity": {"distinct_2": 0.5, "entropy": 0.9, "self_bleu": 0.3}}, ["entropy fell from 2 to 0.9"]),
         ({"diversity": {"distinct_2": 0.5, "entropy": 2.0, "self_bleu": 0.51}}, ["self-BLEU rose from 0.3 to 0.51"]),
         (
@@ -319,6 +325,13 @@ def test_command(values, tmp_path, capsys):
             {"rounds": {"capabilities": [{"name": "a", "function": "nowhere:f", "max_drop": 1}]}},
             "There is no function 'nowhere:f'",
         ),
+        *(
+            (
+                {"rounds": {"capabilities": [{"name": "a", "function": "math:log", "max_drop": drop}]}},
+                "a `max_drop` of at least 0",
+            )
+            for drop in (None, "0.1", math.nan, -1, True)
+        ),
         ({"dataset": {"test_share": 0.0}}, "`dataset.test_share` is 0, and `rounds` evaluate"),
         ({"candidates": {"student": {"type": "endpoint", "model": "a"}}}, "`type` must be 'transformers' or 'vllm'"),
         ({"reward_model": {"options": {"alpha": 1}}}, "`alpha` is no option of `RewardConfig`"),
@@ -341,6 +354,15 @@ def test_bad_options(values, change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Rounds(from_dict(SynthesisConfig, values, ""))
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_of_a_capability_that_are_none(values, tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text(json.dumps({"words": "Who is it?"}) + "\n")
+    texts = {"path": "json", "data_files": str(path), "split": "train"}
+    values["rounds"]["capabilities"] = [{"name": "a", "texts": texts, "max_drop": 1.0}]
+    with pytest.raises(ValueError, match="The texts of 'a' .* need rows with a column `text`"):
+        Rounds(from_dict(SynthesisConfig, values, ""))
 
 
 def test_a_capability_that_is_no_number(values):

@@ -203,6 +203,31 @@ def test_a_jury_is_not_trained_on_unless_it_was_checked(make, human_set, tmp_pat
         make(check=wrong).run(["check"])
     with pytest.raises(ValueError, match="check.dataset changed since the human check"):
         make(check=wrong).run(["judge", "pairs"])
+    with pytest.raises(ValueError, match="check.dataset changed since the human check"):
+        make(check=wrong).run(["pairs", "dataset"])
+
+
+def test_stages_without_what_they_need(make, human_set, tmp_path):
+    for stage in ("check", "reward_model"):
+        with pytest.raises(ValueError, match=f"The config has no `{stage}`, and the stage of this name was asked for"):
+            make().run([stage])
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.jsonl"))
+    wrong = human_set([f"short {i}" for i in range(12)], [f"a longer one {i}" for i in range(12)])
+    make(check=wrong).run(["prompts", "candidates"])
+    with pytest.raises(HumanCheckError):
+        make(check=wrong).run(["check"])
+    with pytest.raises(ValueError, match="has not passed the human check .* Name the stage `check`"):
+        make(check=wrong).run(["judge"])
+
+
+def test_candidates_again(make, tmp_path):
+    make().run(["prompts", "candidates"])
+    with pytest.raises(ValueError, match="`num_responses` changed.*remove `candidates.jsonl`, too"):
+        make(candidates={"num_responses": 2}).run()
+    (tmp_path / "run" / "candidates.jsonl").unlink()
+    make(candidates={"num_responses": 2}).run(["candidates"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "candidates.jsonl").read_text().splitlines()]
+    assert {len(row["responses"]) for row in rows} == {2}
 
 
 def test_the_spending_limit_is_of_all_starts(make, tmp_path):

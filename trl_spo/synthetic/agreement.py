@@ -74,6 +74,7 @@ class _CriticCounts:
         self.statuses = dict.fromkeys(("vote", "tie", "flipped", "unparseable", "rejected", "abstained"), 0)
         self.verdicts = dict.fromkeys(("A", "B", "tie"), 0)  # "A" is the response shown first
         self.flips = {"A": 0, "B": 0}
+        self.votes_of_orders = 0
         self.longer, self.with_jury = [0, 0], [0, 0]  # of how many
         self.tokens: list[int] | None = None
         self.cost = 0.0
@@ -83,6 +84,7 @@ class _CriticCounts:
         for verdict in vote.get("verdicts", ()):
             if verdict is not None:
                 self.verdicts[verdict] += 1
+        self.votes_of_orders += vote["status"] == "vote" and "verdicts" in vote  # one that scores has seen no order
         if vote["status"] == "flipped" and len(set(vote["verdicts"])) == 1:  # not by its probabilities
             self.flips[vote["verdicts"][0]] += 1
         for count, other in ((self.longer, longer), (self.with_jury, winner)):
@@ -99,7 +101,7 @@ class _CriticCounts:
         return {
             "pairs": sum(self.statuses.values()),
             **{names.get(status, status): number for status, number in self.statuses.items()},
-            "flip_rate": wilson_rate(flipped, flipped + self.statuses["vote"]),
+            "flip_rate": wilson_rate(flipped, flipped + self.votes_of_orders),
             "flips_to_first_shown": self.flips["A"],
             "flips_to_second_shown": self.flips["B"],
             "verdicts": dict(self.verdicts),

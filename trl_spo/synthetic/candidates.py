@@ -225,7 +225,7 @@ def _on_main_process(function: Callable[[], T]) -> T:
 
 
 def _settings_path(path: Path) -> Path:
-    return path.with_suffix(".settings.json")
+    return path.with_name(path.name.removesuffix(".jsonl") + ".settings.json")
 
 
 def _matching(path: Path, pattern: str) -> list[Path]:

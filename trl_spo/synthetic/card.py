@@ -17,17 +17,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from .critics import EndpointCritic, RuleCritic
 from .endpoint import Endpoint
 from .filters import FilterConfig
+from .redaction import LEFT_OUT, without_secrets
 
 
 _NONE = "–"
 # Names of options whose values are secrets, but for the tokens of a tokenizer, and what a URL may have of them
-_SECRET = re.compile(
-    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)token$|api_?key$|(^|[_-])keys?$|secret$|passw(or)?d$|credentials?$|auth(orization)?$|cookie$",
-    re.IGNORECASE,
-)
-_USER = re.compile(r"\A(\w[\w+.-]*://)[^/@\s]*@")
-_QUERY = re.compile(r"\A(https?://[^?\s]*\?)\S+\Z")
-_LEFT_OUT = "(left out)"
 _CELL = 100  # characters of a text in a table
 # Of emphasis, code, links, headings, tables, formulas, HTML, and what is made a link without being marked as one
 _SPECIAL = re.compile(r"[\\`*\[\]<>#|~$&]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|@(?=\w)")
@@ -80,20 +74,6 @@ def figure(found: dict[str, Any] | None, form: str = "percent") -> str:
     if interval is None:
         return shown(found["value"])
     return f"{shown(found['value'])} ({factor * interval[0]:.{digits}f} to {factor * interval[1]:.{digits}f})"
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    """
-    Settings without what nobody should read: values of options such as `token`, and the user and the query of a URL. The names of
-    environment variables stay.
-    """
-    if isinstance(value, dict):
-        return {key: without_secrets(some, str(key)) for key, some in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(some, name) for some in value]
-    if isinstance(value, str):
-        return _LEFT_OUT if _SECRET.search(name) else _QUERY.sub(rf"\1{_LEFT_OUT}", _USER.sub(r"\1", value))
-    return value
 
 
 def _with_defaults(options: dict[str, Any], *classes: type) -> dict[str, Any]:
@@ -193,7 +173,7 @@ def make_card(
         total=sum(critic["cost"] for critic in found),
         has_prices=any(options.get(price) for options in judged for price in ("prompt_price", "completion_price")),
         config_text=f"{fence}yaml\n{text}{fence}",
-        left_out=_LEFT_OUT,
+        left_out=LEFT_OUT,
         versions={package: version(package) for package in ("trl_spo", "trl", "transformers", "datasets")},
         scalars=_scalars,
         cell=cell,

@@ -101,8 +101,8 @@ def human_check(verdicts: Iterable[dict[str, Any]], labels: list[int], seed: int
     report = check_agreement(labels, jury, critics, [verdict["lengths"] for verdict in verdicts], seed)
     decided = [
         (abs(2 * share - 1), label == human)
-        for share, label, human in zip(shares, jury, labels, strict=True)
-        if label is not None
+        for verdict, share, label, human in zip(verdicts, shares, jury, labels, strict=True)
+        if label is not None and verdict["truth"] is None  # what a rule knows is not the jury's confidence
     ]
     report["reliability"] = reliability([c for c, _ in decided], [right for _, right in decided])
     report["calibration"] = fit_calibration(verdicts, labels, seed)

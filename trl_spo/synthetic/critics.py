@@ -285,4 +285,9 @@ class RuleCritic(Critic):
                     f"The function of the critic {self.name!r} must return a number, a boolean or `None`, and returned {score!r} for "
                     f"the response {request.responses[0]!r}."
                 )
+            if score is not None and math.isnan(score):
+                raise ValueError(
+                    f"The function of the critic {self.name!r} returned NaN for the response {request.responses[0]!r}. Return `None` where "
+                    "it cannot say."
+                )
             yield tag, {"score": None if score is None else float(score)}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import openai
 
+from .redaction import without_secrets
 from .store import AnswerStore
 
 
@@ -168,7 +169,8 @@ class Endpoint:
 
     @property
     def where(self) -> str:
-        return f"model {self.model!r} at {self.base_url or 'https://api.openai.com/v1'}"
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return f"model {self.model!r} at {without_secrets(url)}"
 
     def check(self, **options: Any) -> None:
         """
@@ -225,7 +227,7 @@ class Endpoint:
                 if said.startswith(
                     "Error code"
                 ):  # the client has found no message, and the reason is in what it has not read
-                    said = f"{said}: {error.response.text[:_SHOWN]}"
+                    said = f"{said}: {self._redacted(error.response.text)[:_SHOWN]}"
                 message = self._redacted(f"{self.where} answers with status {error.status_code}: {said}")
                 if error.status_code in _REMEDIES or error.code == "insufficient_quota":
                     remedy = _REMEDIES.get(error.status_code, "The account has no credit left.").format(self=self)
@@ -270,7 +272,11 @@ class Endpoint:
     def _most(self, messages: list[dict[str, str]], options: dict[str, Any]) -> float:
         """What a request costs at most."""
         # No token is shorter than a byte, besides those that a chat template puts around a message
-        length = sum(len(message["content"].encode()) + _TEMPLATE_TOKENS for message in messages)
+        length = 0
+        for message in messages:
+            others = {name: value for name, value in message.items() if name not in ("role", "content")}
+            content = message.get("content") or ""  # that of a tool call has none
+            length += len(content.encode()) + (len(json.dumps(others)) if others else 0) + _TEMPLATE_TOKENS
         return self.cost(length, options["max_completion_tokens"])
 
     async def complete_all(

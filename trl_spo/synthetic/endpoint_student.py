@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .endpoint import Budget, Completion, Endpoint, EndpointError, RequestRejectedError, check_extra_body, run_async
+from .redaction import without_secrets
 from .store import AnswerStore, request_key
 from .students import FINISHED, Batch, Response, Student, one_process, response_seed
 
@@ -71,7 +72,7 @@ class EndpointStudent(Student):
         one_process("EndpointStudent")
         if self.store is None:
             raise ValueError("`EndpointStudent` needs a `store` for the responses. Give it an `AnswerStore`.")
-        return {
+        told = {
             "kind": "endpoint",
             "model": self.endpoint.model,
             "base_url": self.endpoint.base_url,
@@ -81,8 +82,14 @@ class EndpointStudent(Student):
             "send_seed": self.send_seed,
             "extra_body": self.extra_body,
         }
+        return without_secrets(told)  # they stand in a file
 
     def check(self, prompts: Dataset) -> None:
+        for name in ("tools", "chat_template_kwargs"):
+            if name in prompts.column_names and any(prompts[name]):
+                raise ValueError(
+                    f"The prompts have `{name}`, which `EndpointStudent` does not send. Remove the column, or use another student."
+                )
         for row in prompts.select_columns(["prompt_id", "prompt"]):
             if isinstance(row["prompt"], str):
                 raise ValueError(

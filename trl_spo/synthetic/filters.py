@@ -194,7 +194,9 @@ def _reason(row: dict[str, Any], config: FilterConfig, refusals: Sequence[re.Pat
             f"{row['rejected_id']!r} rejected, but {best!r} is better. Choose that one."
         )
     if truth is not None:
-        if any(_contradicts(vote, row["response_ids"], truth) for vote in row["votes"]):
+        # What a rule grades need not be right, or wrong, because it has the higher, or the lower, score
+        graded = any(set(vote.get("scores") or ()) - {0, 1, None} for vote in row["votes"] if vote.get("rule"))
+        if any(_contradicts(vote, row["response_ids"], truth, graded) for vote in row["votes"]):
             return "rationale contradicts the ground truth"
     else:
         # Of 3 votes of 5, |2 · 0.6 - 1| is below 0.2. NaN is not enough either
@@ -227,8 +229,11 @@ def _reason(row: dict[str, Any], config: FilterConfig, refusals: Sequence[re.Pat
     return None
 
 
-def _contradicts(vote: dict[str, Any], response_ids: Sequence[str], truth: str) -> bool:
-    """Whether a critic that votes for the truth claims, in one of the orders, that it is wrong, or that the other response is right."""
+def _contradicts(vote: dict[str, Any], response_ids: Sequence[str], truth: str, graded: bool) -> bool:
+    """
+    Whether a critic that votes for the truth claims, in one of the orders, that it is wrong, or that the other response is right; of
+    graded truths, both.
+    """
     if vote["status"] != "vote" or not (vote["share"] > 0.5 if truth == response_ids[0] else vote["share"] < 0.5):
         return False
     for claim, shown in zip(vote.get("correct") or (None, None), (response_ids, response_ids[::-1]), strict=True):
@@ -238,7 +243,8 @@ def _contradicts(vote: dict[str, Any], response_ids: Sequence[str], truth: str) 
             raise ValueError(
                 f"The critic {vote['critic']!r} claims that {claim!r} is correct. It must be one of {list(_CLAIMS)}, or `None`."
             )
-        if _CLAIMS[claim] != (shown[0] == truth, shown[1] == truth):
+        right = (shown[0] == truth, shown[1] == truth)
+        if _CLAIMS[claim] == right[::-1] or (_CLAIMS[claim] != right and not graded):
             return True
     return False
 

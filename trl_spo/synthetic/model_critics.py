@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Critics with a model in this process: one that compares, and one that scores."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,12 @@ class _ModelCritic(Critic):
     @cached_property
     def _weights(self) -> dict[str, Any]:
         return weights_identity(self._given, self.revision)
+
+    def _refuse_nan(self, values: list[float]) -> None:
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"The model of the critic {self.name!r} gives {values}. Load it in another dtype, or use another one."
+            )
 
     def _load_with(self, auto_class: type) -> None:
         revision = self._weights.get("commit", self.revision)
@@ -161,6 +168,7 @@ class LocalCritic(_ModelCritic):
             inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
             logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, firsts].float()
             for (tag, _), rationale, probabilities in zip(batch, rationales, logits.softmax(1).tolist(), strict=True):
+                self._refuse_nan(probabilities)
                 verdict = VERDICTS[max(range(3), key=probabilities.__getitem__)]
                 probability = probabilities[0] + probabilities[2] / 2
                 yield tag, {"verdict": verdict, "rationale": rationale, "probability": probability}
@@ -195,6 +203,8 @@ class RewardCritic(_ModelCritic):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, or `None`, got {self.max_length}.")
 
     def key(self, request: Request) -> str:
         return request_key(
@@ -225,6 +235,7 @@ class RewardCritic(_ModelCritic):
             inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
             scores = self.model(**inputs.to(self.model.device), use_cache=False).logits[:, 0].float().tolist()
             for (tag, _), score in zip(batch, scores, strict=True):
+                self._refuse_nan([score])
                 yield tag, {"score": score}
 
     def _tokenize(self, prompt: str | list[dict[str, str]], response: str) -> list[int]:

@@ -128,8 +128,8 @@ def preference_pairs(
         for (chosen, rejected), reason in reasons.items():
             margin = float(strengths[ids.index(chosen)] - strengths[ids.index(rejected)])
             verdict = of_pair.get(frozenset((chosen, rejected)))
-            if verdict is None or (verdict["share"] is None and verdict["truth"] is None and pairing != "all"):
-                # Of two that were not compared, or nobody could tell, the others' comparisons say which is better
+            if verdict is None:
+                # Of two that were not compared, the others' comparisons say which is better
                 verdict = {"prompt_id": row["prompt_id"], "response_ids": [chosen, rejected], "votes": []}
                 verdict |= {"share": None, "winner": chosen, "confidence": math.tanh(margin / 2), "truth": None}
             probability = None if calibration is None else vote_probability(verdict["votes"], calibration)

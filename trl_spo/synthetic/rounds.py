@@ -78,6 +78,14 @@ class Rounds:
             capability["name"]: import_function(capability["function"]) if "function" in capability else None
             for capability in self.rounds.capabilities
         }
+        for capability in self.rounds.capabilities:
+            if "texts" in capability:
+                texts = load_split(capability["texts"], f"rounds.capabilities: {capability['name']}")
+                if "text" not in texts.column_names or not len(texts):
+                    raise ValueError(
+                        f"The texts of {capability['name']!r} (`rounds.capabilities`) need rows with a column `text`, and have {len(texts)} with "
+                        f"{texts.column_names}."
+                    )
         if config.check is None:
             logger.warning(
                 "There is no human check set (`check`): whether the student gets better by what people say is not measured, and does not "
@@ -383,18 +391,22 @@ class Rounds:
         for capability in rounds.capabilities:
             name = capability["name"]
             old, new = (evaluation["capabilities"][name] for evaluation in (first, found))
-            if new < old - capability["max_drop"]:
+            if not new >= old - capability["max_drop"]:  # NaN is none either
                 stops.append(
                     f"the capability {name!r} fell from {old:.4g} to {new:.4g}, by more than its `max_drop={capability['max_drop']}`"
                 )
         old, new = first["diversity"], found["diversity"]
         for option, name in (("min_distinct", "distinct_2"), ("min_entropy", "entropy")):
             least = getattr(rounds, option)
-            if least is not None and old[name] is not None and (new[name] or 0.0) < least * old[name]:
+            if least is not None and old[name] is not None and not (new[name] or 0.0) >= least * old[name]:
                 was, now = (f"{one[name] or 0.0:.3g}" for one in (old, new))
                 stops.append(f"diversity collapses: {name} fell from {was} to {now}, below `{option}={least}` of it")
         rise = rounds.max_self_bleu_rise
-        if rise is not None and new["self_bleu"] is not None and new["self_bleu"] > (old["self_bleu"] or 0.0) + rise:
+        if (
+            rise is not None
+            and new["self_bleu"] is not None
+            and not new["self_bleu"] <= (old["self_bleu"] or 0.0) + rise
+        ):
             stops.append(
                 f"diversity collapses: self-BLEU rose from {old['self_bleu'] or 0.0:.3g} to {new['self_bleu']:.3g}, by more than "
                 f"`max_self_bleu_rise={rise}`"

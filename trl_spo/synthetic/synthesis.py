@@ -28,7 +28,6 @@ from transformers.utils import logging
 
 from .agreement import agreement_report
 from .candidates import generate_candidates, temperature_spread
-from .card import without_secrets
 from .check_set import check_pairs, human_check, refuse_jury
 from .critics import Critic, EndpointCritic, RuleCritic
 from .endpoint import Budget, Endpoint
@@ -40,6 +39,7 @@ from .output import build_dataset, check_repo, push
 from .pairs import CandidatePairs, preference_pairs
 from .prompts import prepare_prompts, refuse_overlap
 from .ranking import PAIRINGS, compared_pairs
+from .redaction import without_secrets
 from .store import AnswerStore
 from .synthesis_config import SynthesisConfig, import_function
 from .training import TrainingConfig, train
@@ -209,6 +209,9 @@ class Synthesis:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._records_path.is_file():
             write_json(self._records_path, {})
+        absent = [stage for stage in stages or () if not self._has(stage)]
+        if absent:
+            raise ValueError(f"The config has no `{absent[0]}`, and the stage of this name was asked for. Add it.")
         for stage in STAGES:
             if (stages is None or stage in stages) and self._has(stage):
                 self._run(stage, again=stages is not None)
@@ -243,8 +246,8 @@ class Synthesis:
             ]
             raise ValueError(
                 f"'{self.folder}' has the stage `{stage}` of another run: {', '.join(changed)} changed. To do it again, name the stage "
-                f"(`trl-spo synthesize CONFIG {stage} ...`); to keep it, name another `output_dir`. In a run with "
-                "`rounds`, remove the folders of this round and of those after it, and of `round-0` the evaluation."
+                f"(`trl-spo synthesize CONFIG {stage} ...`); to keep it, name another `output_dir`. "
+                "Candidates are never overwritten: remove `candidates.jsonl`, too, to have others. In a run with `rounds`, remove the folders of this round and of those after it, and of `round-0` the evaluation."
             )
         report = make()
         write_json(self._records_path, {**self.records, stage: {**told, "report": report}})
@@ -277,7 +280,7 @@ class Synthesis:
                 from transformers import AutoTokenizer
 
                 student = self.config.candidates.student
-                tokenizer = AutoTokenizer.from_pretrained(student["model"], revision=student.get("revision", "main"))
+                tokenizer = AutoTokenizer.from_pretrained(student["model"], revision=student.get("revision") or "main")
             prepared = prepare_prompts(
                 load_split(config.dataset, "prompts.dataset"),
                 tokenizer=tokenizer,
@@ -297,7 +300,10 @@ class Synthesis:
             write_rows(self.folder / "prompts_dropped.jsonl", prepared.dropped)
             return prepared.report
 
-        return {**asdict(self.config.prompts), "seed": self.config.seed}, (), make
+        settings = {**asdict(self.config.prompts), "seed": self.config.seed}
+        if self.config.prompts.max_prompt_length is not None:  # in tokens of the student
+            settings |= {name: self.config.candidates.student.get(name) for name in ("model", "revision")}
+        return settings, (), make
 
     def _candidates(self) -> tuple[dict[str, Any], Sequence[str], Callable[[], dict[str, Any]]]:
         def make() -> dict[str, Any]:
@@ -346,6 +352,10 @@ class Synthesis:
 
     def _refuse_unchecked_jury(self) -> None:
         """Raises an error if this jury was not checked, or was and agrees too little with people."""
+        if "check" not in self.records:
+            raise ValueError(
+                "This jury has not passed the human check (`check`). Name the stage `check`, too (`trl-spo synthesize CONFIG check ...`)."
+            )
         before, now = self.records["check"]["inputs"], without_secrets(self._identities("check"))
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
@@ -379,6 +389,7 @@ class Synthesis:
             candidates, verdicts = Rows(self.folder / "candidates.jsonl"), Rows(self.folder / "verdicts.jsonl")
             calibration = None
             if self.config.check is not None:
+                self._refuse_unchecked_jury()
                 calibration = read_json(self.folder / "check.json")["calibration"]
             judged = preference_pairs(candidates, verdicts, config.pairing, self.config.seed, calibration)
             counts: Counter[str] = Counter()
@@ -420,6 +431,8 @@ class Synthesis:
         config, folder = self.config.reward_model, self.folder / "reward_model"
 
         def make() -> dict[str, Any]:
+            if self.config.check is not None:
+                self._refuse_unchecked_jury()
             student = self.config.candidates.student
             start = config.model or student["model"]
             if config.model is None and student.get("revision") is not None and not Path(start).is_dir():
@@ -428,7 +441,8 @@ class Synthesis:
             train(self.reward_training, start, self.folder / "dataset", folder, replace=True)
             return {"trained_from": start}
 
-        return asdict(config), ("kept.jsonl",), make
+        # It is trained on the part of the pairs that is in the train split
+        return {**asdict(config), "test_share": self.config.dataset.test_share}, ("kept.jsonl",), make
 
 
 def refuse_folder(folder: Path, mark: Path) -> None:

@@ -252,9 +252,12 @@ class RoundsConfig:
                 or not {"name", "max_drop"} <= set(capability)
                 or ("function" in capability) == ("texts" in capability)
                 or names.count(name) > 1
+                or isinstance(capability["max_drop"], bool)
+                or not isinstance(capability["max_drop"], int | float)
+                or not 0 <= capability["max_drop"] < math.inf
             ):
                 raise ValueError(
-                    f"Each of `rounds.capabilities` needs a `name` of its own, `max_drop`, and either `function` or `texts`, got {capability}."
+                    f"Each of `rounds.capabilities` needs a `name` of its own, a `max_drop` of at least 0, and either `function` or `texts`, got {capability}."
                 )
 
 

@@ -4,7 +4,8 @@
 From answers to verdicts: each critic's vote, and what the jury says of a pair.
 
 Each critic that compares sees both orders. One that flips with the order abstains; ties and answers that are not in the format are
-recorded, and are never a vote for either. Confidence is `|2 s - 1|`, where s is the share of the votes for the winner.
+recorded, and are never a vote for either: a tie counts half for each, the others not at all. Confidence is `|2 s - 1|`, where s is the
+share of the votes for the winner.
 """
 
 import math
