@@ -268,6 +268,8 @@ def prepare(args: argparse.Namespace) -> None:
     reward = SentimentReward(reward_file)
 
     train_pairs, train_shares, rewards = make_pairs(model, tokenizer, train_prompts, reward, seed=args.seed + 10)
+    for i in range(1, args.pairs_per_prompt):
+        train_pairs += make_pairs(model, tokenizer, train_prompts, reward, seed=args.seed + 10 + 100 * i)[0]
     test_pairs, test_shares, _ = make_pairs(model, tokenizer, test_prompts, reward, seed=args.seed + 20)
     dataset = DatasetDict({"train": Dataset.from_list(train_pairs), "test": Dataset.from_list(test_pairs)})
     dataset.save_to_disk(str(out / "pairs"))
@@ -380,6 +382,7 @@ def main() -> None:
     command.add_argument("--sft_epochs", type=float, default=4)
     command.add_argument("--sft_learning_rate", type=float, default=2e-3)
     command.add_argument("--reward_std", type=float, default=2.0)
+    command.add_argument("--pairs_per_prompt", type=int, default=1, help="to train on")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--overwrite", action="store_true", help="fine-tune again although the folder has a model")
     command = commands.add_parser("evaluate", help="measure a trained model on the held-out prefixes")

@@ -318,6 +318,25 @@ class TestDocs:
         shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
         assert "needs the package 'krippendorff'. Run `pip install \"trl-spo[synthetic]\"`." in shown
 
+    def test_evaluation_and_comparison_need_their_own_extra_only(self):
+        """In another process, where what only `synthetic` brings seems to be missing, and then what `eval` brings."""
+        script = (
+            "import sys\nsys.modules |= dict.fromkeys(('datasketch', 'krippendorff', 'openai', 'aiohttp'))\n"
+            "import trl_spo.evaluation as one, trl_spo.comparison as other\n"
+            "print([getattr(m, name) is not None for m in (one, other) for name in m.__all__].count(True))\n"
+            "for name in [name for name in sys.modules if name.startswith(('trl_spo.evaluation', 'sacrebleu'))]:\n"
+            "    del sys.modules[name]\n"
+            "sys.modules['sacrebleu'] = None\nimport trl_spo.evaluation\n"
+            "try:\n    trl_spo.evaluation.Evaluation\nexcept ImportError as error:\n    print(error)"
+        )
+        shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        import trl_spo.comparison
+        import trl_spo.evaluation
+
+        number = len(trl_spo.evaluation.__all__) + len(trl_spo.comparison.__all__)
+        message = "`trl_spo.evaluation.Evaluation` needs the package 'sacrebleu'. Run `pip install \"trl-spo[eval]\"`."
+        assert shown.stdout.splitlines() == [str(number), message], shown.stderr
+
     @pytest.mark.parametrize(
         "name",
         [

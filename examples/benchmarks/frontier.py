@@ -54,7 +54,9 @@ sentiment = _load_example("controlled_sentiment")
 DPO = [{"method": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.3, 0.5, 1.0, 2.0)]
 IPO = [{"method": "ipo", "beta": beta} for beta in (1.0, 3.0, 10.0, 30.0)]
 SOFT = [{"method": "soft", "alpha": alpha, "beta": beta} for alpha in (0.05, 0.1, 0.3) for beta in (0.03, 0.1, 0.3)]
-FAMILIES = {"dpo": "DPO", "ipo": "IPO", "soft": "SoftPO"}
+STABLE = [{"method": "stable", "beta": beta} for beta in (0.05, 0.1, 0.3, 1.0)]
+SSPO = [{"method": "sspo", "beta": beta} for beta in (0.05, 0.1, 0.3, 1.0)]
+FAMILIES = {"dpo": "DPO", "ipo": "IPO", "soft": "SoftPO", "stable": "StablePO", "sspo": "SSPO"}
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -76,6 +78,21 @@ def length_grouped(dataset: Dataset, batch_size: int, seed: int) -> Dataset:
     batches = [batch for batch in batches if len(batch) == batch_size]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return dataset.select([row for i in shuffled for row in batches[i]])
+
+
+def flip(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """With the labels of a random share of the pairs turned round."""
+    generator = torch.Generator().manual_seed(seed)
+    flipped = (torch.rand(len(dataset), generator=generator) < share).tolist()
+
+    def turn(row: dict, i: int) -> dict:
+        if not flipped[i]:
+            return row
+        other = {"chosen": "rejected", "rejected": "chosen"}
+        names = {name: name.replace(side, o) for side, o in other.items() for name in row if side in name}
+        return {name: row[names.get(name, name)] for name in row}
+
+    return dataset.map(turn, with_indices=True)
 
 
 class EvaluateAt(TrainerCallback):
@@ -127,6 +144,16 @@ def run(job: dict) -> dict:
 
         args = SoftPOConfig(**common, **{"max_completion_length": sentiment.MAX_NEW_TOKENS} | config)
         trainer_class = SoftPOTrainer
+    elif method == "stable":
+        from trl_spo import StablePOConfig, StablePOTrainer
+
+        args = StablePOConfig(**common, **config)
+        trainer_class = StablePOTrainer
+    elif method == "sspo":
+        from trl_spo import SSPOConfig, SSPOTrainer
+
+        args = SSPOConfig(**common, **config)
+        trainer_class = SSPOTrainer
     else:
         loss_type = {"dpo": "sigmoid", "ipo": "ipo"}[method]
         args = DPOConfig(**common, loss_type=loss_type, **config)
@@ -145,8 +172,16 @@ def run(job: dict) -> dict:
     dataset = pairs["train"]
     for side, logps in torch.load(job["reference_logps"]).items():
         dataset = dataset.add_column(f"ref_{side}_logps", logps.tolist())
+    if settings.get("pairs"):
+        dataset = dataset.shuffle(seed=seed).select(range(settings["pairs"]))
+    if settings.get("flipped"):
+        dataset = flip(dataset, settings["flipped"], seed)
     dataset = length_grouped(dataset, settings["batch_size"], seed)
     dataset = dataset.select(range(min(len(dataset), settings["batch_size"] * settings["steps"])))
+    if (
+        method == "sspo"
+    ):  # it computes the reference's log-probabilities itself, as its heads are no part of the reference
+        dataset = dataset.remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the trainer prints its log
         set_seed(seed)
         trainer = trainer_class(
@@ -156,7 +191,7 @@ def run(job: dict) -> dict:
             processing_class=content["tokenizer"],
             callbacks=[EvaluateAt({settings["steps"] // 2, settings["steps"]}, evaluate)],
         )
-        trainer.precompute_ref_logps = True  # the dataset has them
+        trainer.precompute_ref_logps = method != "sspo"  # the dataset has them
         start = time.perf_counter()
         trainer.train()
     seconds = time.perf_counter() - start - evaluation_seconds
@@ -254,6 +289,7 @@ def print_runs(groups: dict[str, list[dict]]) -> None:
 
 def print_equal_kl(runs: list[dict], seeds: list[int], base: dict, along: bool) -> None:
     families = {"DPO": ("dpo",), "IPO": ("ipo",), "both": ("dpo", "ipo"), "SoftPO": ("soft",)}
+    families |= {"StablePO": ("stable",), "SSPO": ("sspo",)}
     rows = []
     for kl in (3, 4, 5, 6, 7, 8):
         gains: dict[str, list[float]] = {name: [] for name in families}
@@ -315,7 +351,7 @@ def plot(runs: list[dict], base: dict, output_dir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = {"dpo": "tab:blue", "ipo": "tab:green", "soft": "tab:red"}
+    colors = dict(zip(FAMILIES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=True))
     for x, label in (("kl", "KL to the reference (nats per sequence)"), ("entropy", "entropy (nats per sequence)")):
         figure, axes = plt.subplots(figsize=(7, 5))
         for method, color in colors.items():
@@ -366,7 +402,7 @@ def main() -> None:
         key: getattr(args, key)
         for key in ("steps", "batch_size", "learning_rate", "warmup_steps", "samples_per_prompt")
     }
-    configs = json.loads(Path(args.grid).read_text()) if args.grid else DPO + IPO + SOFT
+    configs = json.loads(Path(args.grid).read_text()) if args.grid else DPO + IPO + SOFT + STABLE + SSPO
     jobs = [
         {
             "config": config,

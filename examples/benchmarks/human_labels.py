@@ -47,8 +47,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
+from trl_spo.evaluation.statistics import bootstrap_intervals
 from trl_spo.synthetic import AnswerStore, HumanCheckError, Jury, Pair, RewardCritic, check_pairs, human_check
-from trl_spo.synthetic.agreement import agreement_report, bootstrap_intervals, label_of_share
+from trl_spo.synthetic.agreement import agreement_report, label_of_share
 from trl_spo.synthetic.check_set import refuse_jury
 from trl_spo.synthetic.critics import Critic, Request, batched
 from trl_spo.synthetic.store import request_key

@@ -35,9 +35,9 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from trl_spo.evaluation.statistics import wilson_rate
 from trl_spo.sandbox.stories import prompt_text, reward, write_story
 from trl_spo.synthetic import AnswerStore, FilterConfig, HumanCheckError, Jury, filter_pairs, human_check
-from trl_spo.synthetic.agreement import wilson_rate
 from trl_spo.synthetic.calibration import fit_calibration, vote_probability
 from trl_spo.synthetic.check_set import check_pairs, refuse_jury
 from trl_spo.synthetic.critics import Critic, Request

@@ -14,13 +14,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
-from trl_spo.synthetic.agreement import (
-    _alpha_of_sums,
-    agreement_report,
-    bootstrap_intervals,
-    label_of_share,
-    wilson_rate,
-)
+from trl_spo.evaluation.statistics import bootstrap_intervals, wilson_rate
+from trl_spo.synthetic.agreement import _alpha_of_sums, agreement_report, label_of_share
 from trl_spo.synthetic.critics import Critic, RuleCritic
 from trl_spo.synthetic.human_agreement import check_agreement, reliability
 from trl_spo.synthetic.jury import Jury, Pair

@@ -362,7 +362,7 @@ def test_of_two_runs_at_once_both_end_with_the_file(prompts, world, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"num_responses": 1}, "`num_responses` must be at least 2"),
+        ({"num_responses": 0}, "`num_responses` must be at least 1"),
         ({"temperatures": ()}, "`temperatures` is empty"),
         ({"temperatures": (0.7, -0.1)}, "`temperatures` must not be negative"),
         ({"temperatures": (float("nan"),)}, "`temperatures` must not be negative, and finite"),

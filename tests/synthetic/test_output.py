@@ -22,8 +22,9 @@ from trl_spo.synthetic.agreement import agreement_report
 from trl_spo.synthetic.card import cell, make_card
 from trl_spo.synthetic.check_set import human_check
 from trl_spo.synthetic.files import write_json, write_rows
-from trl_spo.synthetic.output import FORMS, build_dataset, split_of, unpaired_rows
+from trl_spo.synthetic.output import FORMS, build_dataset, unpaired_rows
 from trl_spo.synthetic.pairs import preference_pairs
+from trl_spo.synthetic.prompts import split_of
 from trl_spo.synthetic.redaction import without_secrets
 from trl_spo.synthetic.synthesis import Synthesis
 from trl_spo.synthetic.synthesis_config import SynthesisConfig, from_dict

@@ -342,7 +342,7 @@ def test_command(values, tmp_path, capsys):
         ),
         ({"check": {"min_agreement": 60}}, "`check.min_agreement` must be from 0 to 1, got 60"),
         ({"judge": {"num_comparisons": 0}}, "`num_comparisons=0` cannot link 2 responses"),
-        ({"candidates": {"num_responses": 1}}, "`num_responses` must be at least 2"),
+        ({"candidates": {"num_responses": 1}}, "num_responses` must be at least 2"),
         ({"reward_model": {"kind": 1}}, "There is no option `reward_model.kind`"),
         ({"pairs": {"pairing": "worst"}}, "`pairs.pairing` must be one of"),
     ],

@@ -15,7 +15,7 @@ from trl_spo.cli.main import main
 from trl_spo.synthetic.check_set import HumanCheckError
 from trl_spo.synthetic.endpoint import SpendingLimitError
 from trl_spo.synthetic.files import Rows
-from trl_spo.synthetic.output import split_of
+from trl_spo.synthetic.prompts import split_of
 from trl_spo.synthetic.synthesis import Synthesis
 from trl_spo.synthetic.synthesis_config import SynthesisConfig, from_dict
 

@@ -19,6 +19,8 @@ from trl_spo import __version__
 # `add_arguments(parser)` and `run(args)`; a trainer `a-name` is the module `trl_spo.cli.a_name`, with `make_parser(prog)`
 # and `main(...)`, and is started by `accelerate launch`.
 TOOLS = {
+    "advise": "say which method fits a dataset, and what will go wrong in a training on it",
+    "compare": "train with several methods on your data, and say which is best for it",
     "synthesize": "make a preference dataset: a student, a jury of critics, filters",
     "demo": "align small models with DPO, SoftPO, StablePO and SSPO, on the spot, and compare them",
 }
@@ -63,7 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     module = import_module(f".{command.replace('-', '_')}", __package__)
     parser = argparse.ArgumentParser(prog=f"trl-spo {command}", description=TOOLS[command], allow_abbrev=False)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments)) or 0
+    # One that takes the options of a training as well has a way of its own to parse them
+    args = (
+        module.parse_arguments(parser, arguments)
+        if hasattr(module, "parse_arguments")
+        else parser.parse_args(arguments)
+    )
+    return module.run(args) or 0
 
 
 if __name__ == "__main__":

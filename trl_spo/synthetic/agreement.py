@@ -7,64 +7,18 @@ Results are dicts that JSON can hold: a value is `None` where there is nothing t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import krippendorff
 import numpy as np
-from scipy.stats import binomtest
 
-
-_LEVEL = 0.95
-_RESAMPLES = 2000
-_CHUNK = 10**6  # numbers of the bootstrap that are in memory at once
+from ..evaluation.statistics import bootstrap_intervals, wilson_rate
 
 
 def label_of_share(share: float | None) -> int | None:
     """The response that a share of votes is for: 0, the first, or 1, the second. `None` for a tie and where there are no votes."""
     return None if share is None or abs(share - 0.5) < 1e-9 else int(share < 0.5)
-
-
-def wilson_rate(count: int, number: int) -> dict[str, Any]:
-    """A share of independent cases: `rate`, `interval` (Wilson, 1927) and the `number` of cases."""
-    if number == 0:
-        return {"rate": None, "interval": None, "number": 0}
-    interval = binomtest(count, number).proportion_ci(_LEVEL, method="wilson")
-    return {"rate": count / number, "interval": [float(interval.low), float(interval.high)], "number": number}
-
-
-def bootstrap_intervals(
-    units: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int
-) -> list[list[float] | None]:
-    """
-    Percentile intervals of statistics of a sum over units.
-
-    Units that are equal are drawn together: how many of each kind a resample has is multinomial.
-
-    Args:
-        units (`np.ndarray` of shape `(N, k)`):
-            What is summed up.
-        statistic (`Callable`):
-            From sums `(B, k)` to `(statistics, B)`; nan where one does not exist. Such resamples are left out.
-        seed (`int`):
-            Of the resamples.
-
-    Returns:
-        `list[list[float] | None]`: of each statistic. `None` if a single unit says nothing of how others vary, or it never exists.
-    """
-    kinds, counts = np.unique(units, axis=0, return_counts=True)
-    rng, step = np.random.default_rng(seed), max(1, _CHUNK // len(kinds))
-    sums = [
-        rng.multinomial(len(units), counts / len(units), size=min(step, _RESAMPLES - start)) @ kinds
-        for start in range(0, _RESAMPLES, step)
-    ]
-    intervals = []
-    for values in statistic(np.concatenate(sums)):
-        values = values[~np.isnan(values)]
-        tail = (1 - _LEVEL) / 2
-        exists = len(units) > 1 and len(values) > 0
-        intervals.append(np.quantile(values, [tail, 1 - tail]).tolist() if exists else None)
-    return intervals
 
 
 class _CriticCounts:

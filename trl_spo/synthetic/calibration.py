@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from transformers.utils import logging
 
-from .agreement import wilson_rate
+from ..evaluation.statistics import wilson_rate
 from .human_agreement import reliability
 
 

@@ -39,6 +39,7 @@ def generate_candidates(
     num_responses: int = 4,
     temperatures: Sequence[float] = (0.7, 1.0),
     seed: int = 42,
+    token_ids: bool = False,
 ) -> Path:
     """
     Draws responses of the student to each prompt, and goes on where an earlier run was stopped.
@@ -60,11 +61,14 @@ def generate_candidates(
             response, if only one response is drawn at it.
         seed (`int`, *optional*, defaults to `42`):
             Of all draws.
+        token_ids (`bool`, *optional*, defaults to `False`):
+            Whether to keep the tokens of each response, without the one that ended it: its text need not be read as
+            the same ones again. Only a [`TransformersStudent`] gives them.
 
     Returns:
         `Path`: the file, with one JSON object a line for each prompt in their order: its columns, and `responses`, a
-        list of `id` (`"0"`, `"1"`, ...), `text`, `temperature` and `finish_reason` (`"stop"`, or `"length"` if it was
-        cut).
+        list of `id` (`"0"`, `"1"`, ...), `text`, `temperature`, `finish_reason` (`"stop"`, or `"length"` if it was
+        cut) and, if asked for, `token_ids`.
 
     Raises:
         `ValueError`: the options or the prompts cannot be used, or the file was begun with other ones. Nothing is
@@ -92,6 +96,7 @@ def generate_candidates(
             "temperatures": [float(temperature) for temperature in temperatures],
             "seed": seed,
             "prompts": {"rows": len(prompts), "sha256": _hash_of(prompts)},
+            **({"token_ids": True} if token_ids else {}),
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n"
         found = _settings_path(path).read_text(encoding="utf-8") if _settings_path(path).is_file() else None
@@ -136,6 +141,13 @@ def generate_candidates(
         )
         with bar, closing(student.generate(mine, bar)) as generated:
             for index, responses in generated:
+                if token_ids and any(response.token_ids is None for some in responses for response in some):
+                    raise ValueError(
+                        f"`token_ids=True` needs a student whose tokens are seen, and {type(student).__name__} gives "
+                        "none. Use `TransformersStudent`."
+                    )
+                if not token_ids:
+                    responses = [[response._replace(token_ids=None) for response in some] for some in responses]
                 _append(part, {"run": _run(text), "batch": index, "responses": responses})
         state.wait_for_everyone()
     _on_main_process(end)
@@ -144,8 +156,8 @@ def generate_candidates(
 
 def temperature_spread(num_responses: int, temperatures: Sequence[float]) -> tuple[float, ...]:
     """The temperature of each response."""
-    if num_responses < 2:
-        raise ValueError(f"`num_responses` must be at least 2 to compare responses, got {num_responses}.")
+    if num_responses < 1:
+        raise ValueError(f"`num_responses` must be at least 1, got {num_responses}.")
     if not temperatures:
         raise ValueError("`temperatures` is empty. Name one at least, such as (1.0,).")
     if len(temperatures) > num_responses:
@@ -291,7 +303,8 @@ def _merged(batches: Sequence[Batch], kept: dict[int, tuple[Path, int]]) -> Iter
             for row, of_prompt in zip(batch.rows, of_batch, strict=True):
                 responses = [
                     {"id": str(k), "text": text, "temperature": temperature, "finish_reason": finish_reason}
-                    for k, ((text, finish_reason), temperature) in enumerate(
+                    | ({} if token_ids is None else {"token_ids": token_ids})
+                    for k, ((text, finish_reason, token_ids), temperature) in enumerate(
                         zip(of_prompt, batch.temperatures, strict=True)
                     )
                 ]

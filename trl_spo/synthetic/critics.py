@@ -143,6 +143,9 @@ class Critic:
             `ValueError` or [`EndpointError`]: it cannot.
         """
 
+    def unload(self) -> None:
+        """Gives back the memory of a model, if it has one."""
+
     def key(self, request: Request) -> str | None:
         """The key of an answer in the store. `None`: it is not kept."""
         return None

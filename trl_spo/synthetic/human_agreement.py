@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-from .agreement import bootstrap_intervals, wilson_rate
+from ..evaluation.statistics import bootstrap_intervals, wilson_rate
 
 
 _LEAST_OF_LENGTH = 10  # pairs of either kind, for a mean of both

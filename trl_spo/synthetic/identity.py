@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch import nn
 
@@ -51,6 +51,14 @@ def commit_of(name: str, revision: str | None, file: str = "config.json", **kwar
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None  # if it is no adapter, `from_pretrained` says what is wrong
     return Path(path).parent.name
+
+
+def local_folder(model: str, revision: str | None = None) -> str:
+    """The folder of a model, which is downloaded if it is on the Hub, so that it stays the same for as long as it is used."""
+    if Path(model).is_dir():
+        return model
+    others = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pth", "onnx/*", "original/*", "consolidated*"]
+    return snapshot_download(model, revision=revision, ignore_patterns=others)
 
 
 def weights_of_folder(name: str) -> str:

@@ -47,6 +47,10 @@ class _ModelCritic(Critic):
     def _weights(self) -> dict[str, Any]:
         return weights_identity(self._given, self.revision)
 
+    def unload(self) -> None:
+        """Gives back the memory of a model that was loaded here. It is loaded again when it is asked."""
+        self.model = self._given
+
     def _refuse_nan(self, values: list[float]) -> None:
         if not all(map(math.isfinite, values)):
             raise ValueError(

@@ -18,16 +18,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .card import make_card
 from .critics import batched
 from .pairs import ranked_lists
+from .prompts import split_of
 
 
 FORMS = ("preference", "ranked", "unpaired")
 SPLITS = ("train", "test")
 _BATCH = 1000  # rows that are in memory at once
-
-
-def split_of(prompt_id: str, test_share: float) -> str:
-    """`"train"` or `"test"`, by a hash: all rows of a prompt are in the same one, in every form and every run."""
-    return "test" if int(hashlib.sha256(prompt_id.encode()).hexdigest()[:8], 16) < test_share * 2**32 else "train"
 
 
 def as_completion(prompt: str | list[dict[str, str]], response: str) -> str | list[dict[str, str]]:

@@ -31,6 +31,11 @@ def prompt_id(prompt: str | list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
+def split_of(prompt_id: str, test_share: float) -> str:
+    """`"train"` or `"test"`, by a hash: all rows of a prompt are in the same one, in every form and every run."""
+    return "test" if int(hashlib.sha256(prompt_id.encode()).hexdigest()[:8], 16) < test_share * 2**32 else "train"
+
+
 class PreparedPrompts(NamedTuple):
     """Prompts with their ids, those that were dropped with the reason, and a report of both."""
 

@@ -16,22 +16,23 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
-from .agreement import label_of_share, wilson_rate
+from ..evaluation.diversity import response_diversity
+from ..evaluation.scoring import ResponseScorer, preference_accuracy, text_log_likelihood
+from ..evaluation.statistics import wilson_rate
+from .agreement import label_of_share
 from .candidates import generate_candidates
 from .check_set import HumanCheckError, check_pairs
 from .endpoint import Budget
 from .files import Rows, digest, read_json, write_json, write_rows
-from .identity import weights_identity
+from .identity import local_folder, weights_identity
 from .jury import Jury, Pair
-from .output import split_of
+from .prompts import split_of
 from .store import AnswerStore
-from .student_evaluation import StudentScorer, diversity, preference_accuracy, text_log_likelihood
 from .synthesis import Synthesis, digest_of_rows, load_split, make_critic, make_student, refuse_folder
 from .synthesis_config import SynthesisConfig, from_dict, import_function
-from .training import TrainingConfig, train
+from .training import WITH_REWARD_MODEL, TrainingConfig, train
 
 
 logger = logging.get_logger(__name__)
@@ -66,9 +67,9 @@ class Rounds:
                 f"The student of `rounds` is trained, so that its `type` must be 'transformers' or 'vllm' with the path or name of a "
                 f"`model`, got {student}."
             )
-        if self.training.method == "reward":
+        if self.training.method in ("reward", *WITH_REWARD_MODEL):
             raise ValueError(
-                "`rounds.training.method` must train a student, and 'reward' does not. Use `reward_model`."
+                f"`rounds.training.method` must train a student on preferences, and {self.training.method!r} does not. Use another one."
             )
         if config.dataset.test_share == 0:
             raise ValueError(
@@ -161,10 +162,7 @@ class Rounds:
     def _initial_student(self) -> str:
         """The folder of the first student: that of its commit, if it is on the Hub, so that it stays the same in all rounds."""
         student = self.config.candidates.student
-        if Path(student["model"]).is_dir():
-            return student["model"]
-        others = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pth", "onnx/*", "original/*", "consolidated*"]
-        return snapshot_download(student["model"], revision=student.get("revision"), ignore_patterns=others)
+        return local_folder(student["model"], student.get("revision"))
 
     def _synthesis(self, number: int, model: str) -> Synthesis:
         """What makes the dataset of a round, with the reward models of all rounds before it in the jury."""
@@ -212,7 +210,7 @@ class Rounds:
                 What was measured of those before it.
 
         Returns:
-            `dict[str, Any]`: `model`; `diversity` ([`diversity`]); `win_rate`, how often the jury (without reward models) prefers it
+            `dict[str, Any]`: `model`; `diversity` ([`response_diversity`]); `win_rate`, how often the jury (without reward models) prefers it
             to the first student; `human` and `jury`, its [`preference_accuracy`] on the human check set and on the pairs of the first
             student's responses that are in the test split; `capabilities`; `jury_and_people`, the jury's agreement with people in this
             round; and `stops`, for each rule that says to stop, why.
@@ -275,8 +273,8 @@ class Rounds:
                     )
                 measured.setdefault("capabilities", {})[capability["name"]] = float(value)
         kwargs = self.config.candidates.student.get("model_kwargs")
-        scorer = StudentScorer(model, kwargs, self.rounds.batch_size)
-        measured["diversity"] = diversity(scorer, samples)
+        scorer = ResponseScorer(model, kwargs, self.rounds.batch_size)
+        measured["diversity"] = response_diversity(scorer, samples)
         measured["jury"] = preference_accuracy(scorer, self._pairs_of_jury())
         measured["human"], measured["jury_and_people"] = None, None
         if self.config.check is not None:

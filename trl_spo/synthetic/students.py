@@ -57,10 +57,14 @@ _NOT_FOR_GENERATION = {
 
 
 class Response(NamedTuple):
-    """What a student says, and whether it came to an end (`"stop"`) or was cut (`"length"`)."""
+    """
+    What a student says, whether it came to an end (`"stop"`) or was cut (`"length"`), and its tokens, without the one that ended it, if
+    they are seen.
+    """
 
     text: str
     finish_reason: str
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ def response_seed(seed: int, prompt_id: str, response: int) -> int:
     """The seed of one response, for those who draw each by itself: of 31 bits, which every server takes."""
     digest = hashlib.sha256(json.dumps([seed, prompt_id, response]).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """The tokens of a prompt, as in training: those of a conversation end where the response begins."""
+    if isinstance(row["prompt"], str):
+        return _tokenize(tokenizer, row["prompt"])["input_ids"]
+    tools = row.get("tools")
+    return _tokenize(
+        tokenizer,
+        row["prompt"],
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        add_generation_prompt=True,
+        **(row.get("chat_template_kwargs") or {}),
+    )["input_ids"]
 
 
 def one_process(student: str) -> None:
@@ -195,17 +213,7 @@ class LocalStudent(Student):
                 )
 
     def _encode(self, row: dict[str, Any]) -> list[int]:
-        """The tokens of a prompt, as in training: those of a conversation end where the response begins."""
-        if isinstance(row["prompt"], str):
-            return _tokenize(self.tokenizer, row["prompt"])["input_ids"]
-        tools = row.get("tools")
-        return _tokenize(
-            self.tokenizer,
-            row["prompt"],
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            add_generation_prompt=True,
-            **(row.get("chat_template_kwargs") or {}),
-        )["input_ids"]
+        return encode_prompt(self.tokenizer, row)
 
     def _decode(self, row: dict[str, Any], prompt_ids: list[int], completions: list[list[int]]) -> list[str]:
         """
@@ -405,6 +413,7 @@ class TransformersStudent(LocalStudent):
         reasons = ["length" if end is None else "stop" for end in ends]
         responses = []
         for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
-            texts = self._decode(row, ids, completions[i * n : (i + 1) * n])
-            responses.append([Response(*pair) for pair in zip(texts, reasons[i * n : (i + 1) * n], strict=True)])
+            some = slice(i * n, (i + 1) * n)
+            texts = self._decode(row, ids, completions[some])
+            responses.append([Response(*of) for of in zip(texts, reasons[some], completions[some], strict=True)])
         return responses

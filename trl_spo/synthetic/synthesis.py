@@ -160,6 +160,10 @@ class Synthesis:
                 "set. Give one (`check`), or use `min_confidence`."
             )
         self.embed = import_function(config.prompts.embed) if config.prompts.embed else None
+        if config.candidates.num_responses < 2:
+            raise ValueError(
+                f"`candidates.num_responses` must be at least 2 to compare responses, got {config.candidates.num_responses}."
+            )
         temperature_spread(config.candidates.num_responses, config.candidates.temperatures)
         compared_pairs(config.candidates.num_responses, config.judge.num_comparisons, seed_key="")
         if config.pairs.pairing not in PAIRINGS:

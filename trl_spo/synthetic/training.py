@@ -1,8 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Training on synthetic preferences, in processes of its own under `accelerate launch`, so that the memory of one training is free for
-the next stage.
+Training by name, in processes of its own under `accelerate launch`, so that the memory of one training is free for the next stage.
 
 What runs in each process is [`main`], which reads what it is told from a JSON file:
 
@@ -16,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,21 @@ METHODS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "sspo": ("trl_spo:SSPOTrainer", "trl_spo:SSPOConfig", {}, ("preference",)),
     "sspo_kto": ("trl_spo:SSPOKTOTrainer", "trl_spo:SSPOKTOConfig", {}, ("unpaired",)),
     "reward": ("trl:RewardTrainer", "trl:RewardConfig", {}, ("preference",)),
+    "rloo": ("trl:RLOOTrainer", "trl:RLOOConfig", {}, ("prompts",)),
+    "grpo": ("trl:GRPOTrainer", "trl:GRPOConfig", {}, ("prompts",)),
 }
+WITH_REWARD_MODEL = ("rloo", "grpo")
 # The margin of a pair is not among them: RewardTrainer would add it to its loss, and then a difference of its scores is no
 # log-odds any more, as RewardCritic takes it
 _COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),
-    "ranked": ("prompt", "completions", "scores"),
+    "ranked": ("prompt", "completions", "scores", "ranking", "best"),
     "unpaired": ("prompt", "completion", "label"),
+    "prompts": ("prompt",),
 }
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # which all forms may have
 _OURS = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token")
-_PATHS = ("model", "dataset", "reference")  # which tell nothing: what is there is compared instead
+_PATHS = ("model", "dataset", "reference", "reward_model")  # which tell nothing: what is there is compared instead
 
 
 class TrainingError(RuntimeError):
@@ -63,6 +67,11 @@ def _import(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def config_class(method: str) -> type:
+    """That of a method's trainer."""
+    return _import(METHODS[method][1])
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """
@@ -70,7 +79,8 @@ class TrainingConfig:
 
     Args:
         method (`str`):
-            `"dpo"`, `"ipo"`, `"kto"`, `"soft_po"`, `"stable_po"`, `"sspo"`, `"sspo_kto"`, or `"reward"` for a reward model.
+            `"dpo"`, `"ipo"`, `"kto"`, `"soft_po"`, `"stable_po"`, `"sspo"`, `"sspo_kto"`, `"reward"` for a reward model, or `"rloo"` and
+            `"grpo"`, which learn from one.
         options (`dict[str, Any]`, *optional*):
             Options of the method's config, such as `{"learning_rate": 1e-6, "beta": 0.1}` of [`~trl.DPOConfig`].
         form (`str`, *optional*):
@@ -99,7 +109,7 @@ class TrainingConfig:
         _, config_name, fixed, forms = METHODS[self.method]
         if self.form not in (None, *forms):
             raise ValueError(f"`form` of the method {self.method!r} must be one of {list(forms)}, got {self.form!r}.")
-        known = {f.name for f in fields(_import(config_name))}
+        known = {f.name: f for f in fields(_import(config_name))}
         for name in self.options:
             if name in _OURS or name in fixed:
                 raise ValueError(
@@ -107,6 +117,11 @@ class TrainingConfig:
                 )
             if name not in known:
                 raise ValueError(f"`{name}` is no option of `{config_name.split(':')[1]}` (`method={self.method!r}`).")
+            if isinstance(self.options[name], str) and isinstance(known[name].default, float):
+                raise ValueError(
+                    f"`{name}` must be a number, got the text {self.options[name]!r} (`method={self.method!r}`). In YAML, write 1.0e-6, as "
+                    "1e-6 is a text there."
+                )
         if self.accelerate_config is not None:
             accelerate_config_path(self.accelerate_config)
         if self.num_processes is not None and self.num_processes < 1:
@@ -133,7 +148,7 @@ class TrainingConfig:
         """Whether the method has a reference model."""
         args = self.make_args("unused")
         match self.method:
-            case "reward":
+            case "reward" | "rloo" | "grpo":  # the latter two load the model to start from themselves
                 return False
             case "soft_po":
                 return args.beta > 0 or args.calibration != "none"
@@ -150,6 +165,8 @@ def train(
     folder: Path,
     reference: str | None = None,
     replace: bool = False,
+    reward_model: str | None = None,
+    log: Path | None = None,
 ) -> Path:
     """
     Trains a model, goes on from the last checkpoint of a run that was stopped, and does nothing if the model is there.
@@ -167,14 +184,23 @@ def train(
             Path or name of the reference model; by default the model to start from.
         replace (`bool`, *optional*, defaults to `False`):
             Whether to remove a training of something else that the folder has.
+        reward_model (`str`, *optional*):
+            Path or name of the reward model that `"rloo"` and `"grpo"` learn from.
+        log (`Path`, *optional*):
+            File to which all that the training says is added, besides where it goes anyway.
 
     Returns:
-        `Path`: folder of the model and its tokenizer.
+        `Path`: folder of the model and its tokenizer. Beside it is `measured.json`: the `seconds` that the training took, without what was lost when it was
+        stopped, the largest `peak_memory` of a process in bytes, and whether that is the memory of its `device` or of the `process`.
 
     Raises:
         `ValueError`: the folder has a training of something else.
         [`TrainingError`]: it failed.
     """
+    if (config.method in WITH_REWARD_MODEL) != (reward_model is not None):
+        raise ValueError(
+            f"`reward_model` is {reward_model!r} for the method {config.method!r}: {list(WITH_REWARD_MODEL)} need one, and no other does."
+        )
     if reference == model or not config.reads_reference():
         reference = None
     told = {
@@ -189,6 +215,8 @@ def train(
         "weights": weights_identity(model),
         "reference_weights": None if reference is None else weights_identity(reference),
     }
+    if reward_model is not None:
+        told |= {"reward_model": reward_model, "reward_weights": weights_identity(reward_model)}
     path, result = folder / "training.json", folder / "model"
     if path.is_file():
         before = read_json(path)
@@ -217,7 +245,7 @@ def train(
         made = folder / "trained"
         if not made.is_dir():  # or it was stopped after that
             write_json(path, told)
-            _launch(config, path, lock)
+            _launch(config, path, lock, log)
         if config.peft is not None:
             made = _merged(config, model, made)
         made.rename(result)
@@ -249,7 +277,7 @@ def _only_one(folder: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _launch(config: TrainingConfig, path: Path, lock: int) -> None:
+def _launch(config: TrainingConfig, path: Path, lock: int, log: Path | None) -> None:
     folder = path.parent
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     num_processes = config.num_processes
@@ -266,12 +294,29 @@ def _launch(config: TrainingConfig, path: Path, lock: int) -> None:
             num_processes = max(torch.cuda.device_count(), 1)
     if num_processes is not None:
         command += ["--num_processes", str(num_processes)]
-    status = subprocess.run([*command, "--module", __name__, str(path)], pass_fds=(lock,)).returncode
+    command += ["--module", __name__, str(path)]
+    if log is None:
+        status = subprocess.run(command, pass_fds=(lock,)).returncode
+    else:
+        status = _run_with_log(command, lock, log)
     if status != 0 or not (folder / "trained").is_dir():
         raise TrainingError(
             f"The training in '{folder}' has ended with status {status}. Its error is above. Run this again: it goes on from the last "
             "checkpoint."
         )
+
+
+def _run_with_log(command: list[str], lock: int, log: Path) -> int:
+    """Runs a command. What it says goes to the file and to the standard error of this process."""
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(command, pass_fds=(lock,), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+    ):
+        while some := process.stdout.read1():
+            file.write(some)
+            sys.stderr.write(some.decode(errors="replace"))
+            sys.stderr.flush()
+    return process.returncode
 
 
 def _digest_of(form: Path) -> str:
@@ -308,6 +353,29 @@ def _init_kwargs(args: Any) -> dict[str, Any]:
     kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
     kwargs.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     return kwargs
+
+
+def _reward_function(model: str, args: Any) -> Any:
+    """
+    The rewards of a reward model for texts as RewardTrainer has read them. Given the model itself, TRL would leave out the tokens that begin and end a text.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from .critics import Request
+    from .model_critics import RewardCritic
+
+    plugin = getattr(args, "deepspeed_plugin", None)
+    # Under ZeRO-3, the weights of all models would be sharded as they are loaded, and no engine would gather these
+    with nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False):
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto").to(args.device)
+    critic = RewardCritic(name="reward model", model=loaded, tokenizer=AutoTokenizer.from_pretrained(model))
+
+    def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        requests = [(i, Request(prompt, (text,))) for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
+        return [answer["score"] for _, answer in critic.answer(requests)]
+
+    return reward_model
 
 
 def _check_saving(trainer: Any) -> None:
@@ -348,6 +416,7 @@ def main(path: str) -> None:
     from datasets import load_from_disk
 
     from .._compat import create_model_from_path
+    from .measurement import Measurement
 
     told = read_json(Path(path))
     folder = Path(path).parent
@@ -355,7 +424,12 @@ def main(path: str) -> None:
     checkpoints = folder / "checkpoints"
     args = config.make_args(str(checkpoints))
     splits = load_from_disk(str(Path(told["dataset"]) / told["form"]))
-    splits = {name: split.select_columns(_COLUMNS[told["form"]]) for name, split in splits.items()}
+    splits = {
+        name: split.select_columns(
+            [column for column in (*_COLUMNS[told["form"]], *_OF_TEMPLATES) if column in split.column_names]
+        )
+        for name, split in splits.items()
+    }
     kwargs: dict[str, Any] = {}
     if config.peft is not None:
         kwargs["peft_config"] = config.make_peft_config()
@@ -364,6 +438,8 @@ def main(path: str) -> None:
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None
         kwargs["ref_model"] = create_model_from_path(told["reference"], **init)
+    if config.method in WITH_REWARD_MODEL:
+        kwargs["reward_funcs"] = [_reward_function(told["reward_model"], args)]
     trainer = _import(METHODS[config.method][0])(
         model=told["model"],
         args=args,
@@ -372,6 +448,7 @@ def main(path: str) -> None:
         **kwargs,
     )
     _check_saving(trainer)
+    trainer.add_callback(Measurement(folder / "measured.json", trainer.accelerator))
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     new = folder / "trained.new"
     trainer.save_model(str(new))

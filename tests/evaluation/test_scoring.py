@@ -7,14 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_spo.synthetic.student_evaluation import (
-    StudentScorer,
-    distinct_n,
-    diversity,
-    preference_accuracy,
-    self_bleu,
-    text_log_likelihood,
-)
+from trl_spo.evaluation.diversity import distinct_n, response_diversity, self_bleu
+from trl_spo.evaluation.scoring import ResponseScorer, preference_accuracy, text_log_likelihood
 
 
 def test_distinct_n():
@@ -38,7 +32,7 @@ def test_self_bleu():
 
 @pytest.fixture(scope="module")
 def scorer(model_path):
-    return StudentScorer(model_path, {"dtype": "float32"}, batch_size=2)
+    return ResponseScorer(model_path, {"dtype": "float32"}, batch_size=2)
 
 
 ROWS = [
@@ -102,7 +96,7 @@ def test_diversity(scorer):
         {"prompt": "Who", "responses": [{"text": " is it"}, {"text": " is she"}]},
         {"prompt": "What", "responses": [{"text": " is it"}, {"text": " is it"}]},
     ]
-    found = diversity(scorer, rows)
+    found = response_diversity(scorer, rows)
     assert found["distinct_1"] == 3 / 8 and found["distinct_2"] == 2 / 4 and found["mean_words"] == 2
     scores = scorer.score((row["prompt"], response["text"]) for row in rows for response in row["responses"])
     entropy = sum(score.entropy for score in scores) / sum(score.tokens for score in scores)

@@ -1,0 +1,273 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Whole comparisons of tiny models. Each training is in a process of its own, as `accelerate launch` would start it."""
+
+import os
+import shutil
+import sys
+import traceback
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trl_spo.comparison import Comparison, ComparisonConfig
+from trl_spo.synthetic import training
+from trl_spo.synthetic.files import read_json
+from trl_spo.synthetic.training import TrainingError
+
+
+LAUNCHED: list[str] = []
+REWARD = """
+import os
+
+def length(prompts, completions, **columns):
+    if os.path.exists("{broken}"):
+        raise RuntimeError("the judge is ill")
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """What `accelerate launch` would start, in a process that has imported all that this one has."""
+
+    def launch(config, path, lock, log):
+        LAUNCHED.append(path.parent.name)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                if log is not None:
+                    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+                    os.dup2(2, 1)
+                    sys.stderr = sys.stdout = open(2, "w", buffering=1, closefd=False)
+                training.main(str(path))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status != 0:
+            raise TrainingError(f"The training in '{path.parent}' has ended with status {status}.")
+
+    monkeypatch.setattr(training, "_launch", launch)
+    LAUNCHED.clear()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    def rows(start, stop):
+        return Dataset.from_list(
+            [
+                {"prompt": f"the film {i}", "chosen": f" was great {i}", "rejected": " was bad"}
+                for i in range(start, stop)
+            ]
+        )
+
+    path = tmp_path_factory.mktemp("pairs")
+    DatasetDict({"train": rows(0, 16), "test": rows(16, 24)}).save_to_disk(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def make(dataset, model_path, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARD.format(broken=tmp_path / "broken"))
+
+    def make(**changes):
+        told = {
+            "output_dir": str(tmp_path / "out"),
+            "model": model_path,
+            "dataset": {"path": dataset},
+            "methods": {"dpo": {"beta": [0.1]}},
+            "seeds": [0],
+            "training": {
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "max_steps": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+            },
+            "reward": f"{tmp_path}/rewards.py:length",
+            "evaluation": {
+                "max_new_tokens": 6,
+                "checkpoints": 2,
+                "capabilities": [{"name": "words", "texts": ["the film", "a dog"]}],
+            },
+        }
+        return Comparison(ComparisonConfig(**(told | changes)), command="trl-spo compare it.yaml")
+
+    return make
+
+
+def status(summary):
+    return {run["id"]: run["status"] for run in summary["runs"]}
+
+
+def test_all_that_a_comparison_does(make, tmp_path):
+    crash = {"model_init_kwargs": {"attn_implementation": "nonsense"}}
+    methods = {"dpo": {"beta": [0.1]}, "ipo": crash, "rloo": {"beta": [0.1], "max_completion_length": 6}}
+    summary = make(methods=methods, price_per_hour=3600.0).run()
+
+    # Two good ones, with the reward model that one of them needs, and one that crashed and did not stop the others
+    runs = {run["id"]: run for run in summary["runs"]}
+    assert status(summary) == {
+        "dpo,beta=0.1,seed=0": "done",
+        "ipo,seed=0": "failed",
+        "rloo,beta=0.1,seed=0": "done",
+    }
+    assert LAUNCHED == ["dpo,beta=0.1,seed=0", "ipo,seed=0", "reward,seed=0", "rloo,beta=0.1,seed=0"]
+    failed = runs["ipo,seed=0"]
+    assert failed["stage"] == "training" and "nonsense" in failed["error"] and failed["points"] == []
+    assert "nonsense" in (tmp_path / "out" / "runs" / "ipo,seed=0" / "training.log").read_text()
+
+    good = runs["dpo,beta=0.1,seed=0"]
+    assert [(point["step"], point["final"]) for point in good["points"]] == [(1, False), (2, True)]
+    assert all({"reward", "win_rate", "kl", "chosen_change"} <= set(point["metrics"]) for point in good["points"])
+    assert good["points"][0]["metrics"]["kl"]["value"] != good["points"][1]["metrics"]["kl"]["value"]
+    assert (
+        0 < good["seconds"] < 600 and good["cost"] == pytest.approx(good["seconds"]) and good["memory_of"] == "process"
+    )
+    assert 2**26 < good["peak_memory"] < 2**36
+    # With the time of its reward model
+    folder = tmp_path / "out" / "runs"
+    measured = [
+        read_json(folder / name / "measured.json")["seconds"] for name in ("reward,seed=0", "rloo,beta=0.1,seed=0")
+    ]
+    assert runs["rloo,beta=0.1,seed=0"]["seconds"] == pytest.approx(sum(measured))
+
+    (setting,) = [setting for setting in summary["settings"] if setting["method"] == "dpo"]
+    assert setting["metrics"] == good["points"][1]["metrics"] and setting["capabilities"][0]["name"] == "words"
+    assert [(one["first"], one["second"]) for one in summary["versus"]] == [("dpo", "rloo")]
+    base = summary["base"]["metrics"]["reward"]["value"]
+    assert summary["quality"]["baseline"] == base and summary["frontiers"]["kl"]["dpo"][0] == (0.0, base)
+    assert "1 of the 3 trainings have no result: ipo,seed=0." in summary["recommendation"]["warnings"]
+    assert read_json(tmp_path / "out" / "comparison.json")["versions"] == summary["versions"]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "trl-spo compare it.yaml" in report and "nonsense" in report and (tmp_path / "out" / "report.md").is_file()
+    # What is needed to resume a training is not kept after it
+    assert not list(folder.glob("*/checkpoints/*/optimizer*")) and list(
+        folder.glob("dpo*/checkpoints/*/model.safetensors")
+    )
+
+    # Nothing that is done is done again; what failed is tried again
+    LAUNCHED.clear()
+    again = make(methods=methods, price_per_hour=3600.0).run()
+    assert LAUNCHED == ["ipo,seed=0"]
+    assert again["settings"][0] == setting
+
+    # More seeds and settings are added
+    LAUNCHED.clear()
+    more = make(methods={"dpo": {"beta": [0.1, 0.5]}}, seeds=[0, 1], price_per_hour=3600.0).run()
+    assert LAUNCHED == ["dpo,beta=0.5,seed=0", "dpo,beta=0.1,seed=1", "dpo,beta=0.5,seed=1"]
+    assert [s["seeds"] for s in more["settings"]] == [[0, 1], [0, 1]]
+    of_seeds = [r["points"][-1]["metrics"]["reward"]["value"] for r in more["runs"] if r["setting"] == {"beta": 0.1}]
+    assert more["settings"][0]["metrics"]["reward"]["value"] == pytest.approx(sum(of_seeds) / 2)
+
+
+def test_a_judge_that_fails_loses_no_training(make, tmp_path):
+    comparison = make(methods={"dpo": {"beta": [0.1]}, "ipo": {"beta": [1.0]}})
+    judged = []
+    original = comparison.reward
+
+    def judge(prompts, completions, **columns):
+        judged.append(len(completions))
+        if len(judged) == 3:  # after the reference and a checkpoint
+            (tmp_path / "broken").touch()
+        return original(prompts, completions, **columns)
+
+    judge.__module__, judge.__qualname__ = original.__module__, original.__qualname__
+    comparison.reward = judge
+    summary = comparison.run()
+    assert set(status(summary).values()) == {"unjudged"}
+    assert all(run["stage"] == "judge" and "the judge is ill" in run["error"] for run in summary["runs"])
+    metrics = summary["settings"][0]["metrics"]
+    assert "reward" not in metrics and metrics["kl"]["value"] > 0  # what was measured is there
+    assert summary["recommendation"]["method"] is None
+
+    (tmp_path / "broken").unlink()
+    LAUNCHED.clear()
+    assert set(status(make(methods={"dpo": {"beta": [0.1]}, "ipo": {"beta": [1.0]}}).run()).values()) == {"done"}
+    assert LAUNCHED == []
+
+
+def test_what_is_wrong_is_said_before_anything_is_trained(make, tmp_path, model_path, dataset):
+    (tmp_path / "broken").touch()
+    with pytest.raises(RuntimeError, match="the judge is ill"):  # already on the reference's own responses
+        make().run()
+    assert LAUNCHED == []
+    (tmp_path / "broken").unlink()
+    with pytest.raises(ValueError, match="options of the capability 'c' cannot be used"):
+        make(evaluation={"capabilities": [{"name": "c", "texts": ["a"], "limit": 3}]})
+    with pytest.raises(ValueError, match="Each of `evaluation.capabilities` needs a `name`"):
+        make(evaluation={"capabilities": [{"texts": ["a"]}]})
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    with pytest.raises(ValueError, match="holds another comparison: `dataset` was"):
+        make(dataset={"path": str(other)})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds something else than a comparison"):
+        make(output_dir=str(tmp_path / "mine"))
+
+
+def test_other_options_of_a_training_are_refused_before_anything_is_lost(make, tmp_path):
+    make().run()
+    report = (tmp_path / "out" / "report.html").read_bytes()
+    training = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 3}
+    with pytest.raises(ValueError, match="was done with other options: .*`max_steps`"):
+        make(training=training)
+    with pytest.raises(ValueError, match="was done with other options: `evaluation.checkpoints` changed"):
+        make(evaluation={"checkpoints": 4})
+    assert (tmp_path / "out" / "report.html").read_bytes() == report
+    # What only the evaluation depends on is measured anew, and nothing is trained
+    LAUNCHED.clear()
+    summary = make(evaluation={"checkpoints": 2, "max_new_tokens": 8, "num_responses": 2}).run()
+    assert LAUNCHED == [] and set(status(summary).values()) == {"done"}
+    assert "unique" in summary["settings"][0]["metrics"]
+
+
+def test_rlhf_needs_pairs(make, tmp_path):
+    singles = Dataset.from_list([{"prompt": f"p{i}", "completion": f" c{i}", "label": i % 2 == 0} for i in range(40)])
+    DatasetDict({"train": singles}).save_to_disk(str(tmp_path / "singles"))
+    dataset = {"path": str(tmp_path / "singles"), "test_share": 0.3}
+    with pytest.raises(ValueError, match="'reward' takes preference data, and the dataset is unpaired"):
+        make(dataset=dataset, methods={"rloo": {"beta": [0.1]}}).run()
+    assert LAUNCHED == []
+
+
+def test_without_matplotlib(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "trl-spo\['):
+        make()
+
+
+def test_lists_and_adapters(make, tmp_path, model_path):
+    """Soft PO takes the lists, DPO their best and worst, and what is evaluated is the adapter on its model."""
+    lists = Dataset.from_list(
+        [
+            {"prompt": f"the film {i}", "completions": [" was bad", f" was great {i}", " was"], "best": 1}
+            for i in range(12)
+        ]
+    )
+    DatasetDict({"train": lists.select(range(8)), "test": lists.select(range(8, 12))}).save_to_disk(
+        str(tmp_path / "lists")
+    )
+    summary = make(
+        dataset={"path": str(tmp_path / "lists")},
+        methods={"soft_po": {"alpha": [0.1], "max_completion_length": 6}, "dpo": {"beta": [0.1]}},
+        peft={"r": 2, "lora_alpha": 64, "target_modules": "all-linear"},
+        evaluation={"max_new_tokens": 6, "checkpoints": 2},
+    ).run()
+    assert set(status(summary).values()) == {"done"}, [run["error"] for run in summary["runs"]]
+    runs = tmp_path / "out" / "runs"
+    assert read_json(runs / "soft_po,alpha=0.1,seed=0" / "training.json")["form"] == "ranked"
+    assert read_json(runs / "dpo,beta=0.1,seed=0" / "training.json")["form"] == "preference"
+    checkpoint = runs / "dpo,beta=0.1,seed=0" / "checkpoints" / "checkpoint-1"
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").is_file()
+    for run in summary["runs"]:
+        first, last = (point["metrics"] for point in run["points"])
+        assert 1e-5 < first["kl"]["value"] < last["kl"]["value"]  # of the adapter, as the model itself has none
+        assert last["chosen_change"]["value"] != 0

@@ -1,0 +1,136 @@
+# Copyright 2026 The trl_spo authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What can be said of a model without its weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+class NoLanguageModel(ValueError):
+    """A model that is none of a language alone."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    What a model's files say, without its weights.
+
+    Args:
+        name (`str`):
+            Path or name.
+        config ([`~transformers.PretrainedConfig`]):
+            Its config.
+        stop_ids (`set[int]`):
+            Tokens that stop its generation.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer.
+    """
+
+    name: str
+    config: PretrainedConfig
+    stop_ids: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens, if the config says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
+
+
+def _ids(value: int | list[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)
+
+
+def read_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+    """
+    Reads the config, the generation config and the tokenizer of a model.
+
+    Args:
+        name (`str`):
+            Path or name.
+        revision (`str`, *optional*):
+            On the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether its own code may run.
+
+    Returns:
+        [`ModelFacts`]
+
+    Raises:
+        `ValueError`: there is no such model.
+    """
+    kwargs: dict[str, Any] = {"revision": revision or "main"}
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name!r} cannot be read: {error}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(name, **kwargs)
+    except OSError:  # a model need not have one
+        generation = None
+    stop_ids = _ids(getattr(generation, "eos_token_id", None)) or _ids(
+        getattr(config.get_text_config(), "eos_token_id", None)
+    )
+    return ModelFacts(name, config, stop_ids, tokenizer)
+
+
+def empty_model(facts: ModelFacts, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """
+    The model without weights, on the device `meta`: its parameters have shapes, and take no memory.
+
+    Raises:
+        [`NoLanguageModel`]: transformers has no causal language model for the config.
+    """
+    try:
+        with init_empty_weights(include_buffers=True):  # or each would be made in memory first
+            model = AutoModelForCausalLM.from_config(facts.config, dtype=dtype or torch.float32)
+    except ValueError as error:
+        raise NoLanguageModel(f"'{facts.name}' is no causal language model: {error}") from error
+    model.tie_weights()
+    return model
+
+
+def fits_here(model: PreTrainedModel, facts: ModelFacts) -> str | None:
+    """
+    Whether the weights may be loaded on this machine without asking: into half of the memory that is free on its
+    device.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model without weights.
+        facts ([`ModelFacts`]):
+            What its files say, the dtype of the weights among it.
+
+    Returns:
+        `str`, *optional*: why not.
+    """
+    each = (getattr(facts.config, "dtype", None) or torch.float32).itemsize
+    needed = each * sum(parameter.numel() for parameter in model.parameters())
+    if torch.cuda.is_available():
+        free, where = torch.cuda.mem_get_info()[0], "this machine's GPU"
+    else:
+        free, where = psutil.virtual_memory().available, "this machine"
+    if needed <= free / 2:
+        return None
+    return f"'{facts.name}' has {needed / 2**30:.3g} GiB of weights, and {where} has {free / 2**30:.3g} GiB free."
