@@ -46,7 +46,7 @@ def summary(*settings, runs=(), prompts=256, **base) -> dict[str, Any]:
 def test_the_best_that_stands_alone():
     found = recommend(summary(setting("dpo", 1.0), setting("ipo", 0.5, behind=(0.5, 0.001), seconds=10.0)))
     assert found["method"] == "dpo" and found["headline"] == "DPO with β = 0.1 is recommended."
-    assert "Its reward is 1 [0.9, 1.1], beside 0 of the reference." in found["reasons"]
+    assert "Its reward is 1.00 [0.90, 1.10], beside 0 of the reference." in found["reasons"]
     assert "It is better than each of the others that lost no capability, prompt by prompt." in found["reasons"]
     assert found["warnings"] == []
 
@@ -57,7 +57,7 @@ def test_of_those_that_cannot_be_told_apart_the_best_of_the_quickest():
     found = recommend(summary(slow, quick, quicker))
     assert found["method"] == "ipo"
     assert (
-        "It cannot be told from DPO with β = 0.1 (1 [0.9, 1.1]), KTO with β = 0.1 (0.85 [0.75, 0.95]), prompt by prompt."
+        "It cannot be told from DPO with β = 0.1 (1.00 [0.90, 1.10]), KTO with β = 0.1 (0.85 [0.75, 0.95]), prompt by prompt."
         in found["reasons"]
     )
     assert "Of these, DPO with β = 0.1 is the highest, but its training took 2.0 times as long." in found["reasons"]
@@ -72,7 +72,7 @@ def test_one_that_lost_a_capability_is_passed_over():
     found = recommend(summary(best, sound, worse))
     assert found["method"] == "ipo"
     assert (
-        "DPO with β = 0.1 has a higher reward, 2 [1.9, 2.1], but lost c1 (exact match 0.8 before, 0.5 after)."
+        "DPO with β = 0.1 has a higher reward, 2.00 [1.90, 2.10], but lost c1 (exact match 0.8 before, 0.5 after)."
         in found["reasons"]
     )
     assert "It has lost no capability that was measured: c0 (no difference seen), c1 (improved)." in found["reasons"]
@@ -99,7 +99,7 @@ def test_warnings():
     assert "There are 40 prompts only." in warned(setting("dpo", 1.0), prompts=40)
     assert "trained with one seed" in warned(setting("dpo", 1.0, seeds=(0,)))
     fallen = setting("dpo", 1.0, chosen_change=estimate(-3.0, 0.5))
-    assert "their log-probability has changed by -3 [-3.5, -2.5] nats" in warned(fallen)
+    assert "their log-probability has changed by −3.0 [−3.5, −2.5] nats" in warned(fallen)
     assert warned(setting("dpo", 1.0, chosen_change=estimate(-3.0, 2.5))) == ""  # it may as well be half a nat
     assert "entropy of its responses is less than half of the reference's: 4 beside 10" in warned(
         setting("dpo", 1.0, entropy=estimate(4.0)), entropy=estimate(10.0)

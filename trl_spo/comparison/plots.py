@@ -76,7 +76,9 @@ def _frontier(summary: dict[str, Any], axis: str, label: str) -> Figure | None:
     for method, points in faint.items():
         if method in of_method:
             mark = of_method[method]
-            axes.plot(*zip(*points, strict=True), mark.marker, color=mark.color, markersize=4, alpha=0.4, mew=0)
+            axes.plot(
+                *zip(*points, strict=True), mark.marker, color=mark.color, markersize=4, alpha=0.4, mew=0, zorder=3.5
+            )
     for method, line in summary["frontiers"].get(axis, {}).items():
         if line and method in of_method:
             axes.plot(*zip(*line, strict=True), color=of_method[method].color, linewidth=1.8, zorder=3)

@@ -11,6 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .report_numbers import estimate as written
+from .report_numbers import number
+
 
 _LEVEL = 0.05
 _QUICK = 1.1  # times the shortest training: two of the same differ by as much
@@ -46,7 +49,7 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
     if not sound:
         top = max(measured, key=lambda setting: _value(setting, metric))
         reasons = [
-            f"The highest is {_name(top)}: {_shown(top['metrics'][metric])}, beside {quality['baseline']:.3g} of the reference."
+            f"The highest is {_name(top)}: {_shown(top['metrics'][metric])}, beside {number(quality['baseline'])} of the reference."
         ]
         for setting in better:
             reasons.append(f"{_name(setting)} is better than the reference, but lost {_lost(setting)}.")
@@ -71,7 +74,7 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
     chosen = max(quick, key=lambda setting: _value(setting, metric))
     label = "reward" if metric == "reward" else "win rate"
     reasons = [
-        f"Its {label} is {_shown(chosen['metrics'][metric])}, beside {quality['baseline']:.3g} of the reference."
+        f"Its {label} is {_shown(chosen['metrics'][metric])}, beside {number(quality['baseline'])} of the reference."
     ]
     alike = [setting for setting in measured if not regressed(setting) and _as_good(setting, top)]
     others = sorted((s for s in alike if s is not chosen), key=lambda setting: -_value(setting, metric))
@@ -153,9 +156,7 @@ def _value(setting: dict[str, Any], name: str) -> float | None:
 
 
 def _shown(estimate: dict[str, Any]) -> str:
-    interval = estimate["interval"]
-    shown = f"{estimate['value']:.3g}"
-    return shown if interval is None else f"{shown} [{interval[0]:.3g}, {interval[1]:.3g}]"
+    return str(written(estimate))
 
 
 def _is_better(setting: dict[str, Any], quality: dict[str, Any]) -> bool:

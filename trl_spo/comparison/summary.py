@@ -161,7 +161,7 @@ def _setting(results: Sequence[dict[str, Any]], base: dict[str, Any], quality: s
             of_seeds = [final["metrics"][name]["value"] for final in found]
             if None not in of_seeds:
                 metrics[name] = crossed_estimate(np.array(of_seeds)[:, None])
-                metrics[name]["number"] = found[0]["metrics"][name]["number"]
+                metrics[name]["number"] = len(of_seeds)  # what its interval is over
     judged = [final["metrics"]["win_rate"] for final in found if "win_rate" in final["metrics"]]
     capabilities = []
     for i, capability in enumerate(base["capabilities"]):
