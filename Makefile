@@ -43,8 +43,8 @@ $(BIN)/python:
 # the build that the machine's index prefers (CPU or CUDA) is settled before anything else asks for one.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing PyTorch and trl-spo[$*] into $(VENV) (once, a few minutes)"
-	@$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	@$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt)
+	@$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # dev has these too: do not install them again after it.

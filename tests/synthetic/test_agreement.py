@@ -144,7 +144,7 @@ class TestBootstrap:
             sizes.append(len(sums))
             return sums.T
 
-        monkeypatch.setattr("trl_spo.synthetic.agreement._CHUNK", 30 * 7)
+        monkeypatch.setattr("trl_spo.evaluation.statistics._CHUNK", 30 * 7)
         np.testing.assert_allclose(bootstrap_intervals(units, statistic, 0), whole)
         assert sizes == [2000]
 
@@ -491,7 +491,7 @@ class TestCheckAgreement:
             np.testing.assert_allclose(found[name]["interval"], [low, high], atol=0.2 * (high - low), err_msg=name)
 
     def test_coverage_of_the_intervals(self, monkeypatch):
-        monkeypatch.setattr("trl_spo.synthetic.agreement._RESAMPLES", 500)
+        monkeypatch.setattr("trl_spo.evaluation.statistics._RESAMPLES", 500)
         # A jury that decides 80 %, of which it gets 70 % right: agreement 0.66, and kappa 0.4, as both labels are as frequent
         rng = np.random.default_rng(0)
         expected = {"coverage": 0.8, "agreement_on_decided": 0.7, "agreement": 0.66, "kappa": 0.4}

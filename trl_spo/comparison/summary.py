@@ -159,7 +159,9 @@ def _setting(results: Sequence[dict[str, Any]], base: dict[str, Any], quality: s
             )
         else:  # of all responses together
             of_seeds = [final["metrics"][name]["value"] for final in found]
-            if None not in of_seeds:
+            if len(found) == 1:
+                metrics[name] = found[0]["metrics"][name]
+            elif None not in of_seeds:
                 metrics[name] = crossed_estimate(np.array(of_seeds)[:, None])
                 metrics[name]["number"] = len(of_seeds)  # what its interval is over
     judged = [final["metrics"]["win_rate"] for final in found if "win_rate" in final["metrics"]]
