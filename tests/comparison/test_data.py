@@ -1,6 +1,8 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import shutil
+
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -100,6 +102,15 @@ def test_conversations_without_a_prompt_of_their_own(prepare):
     data = prepare(DatasetDict({"train": Dataset.from_list(rows_of), "test": Dataset.from_list(other)}))
     assert data.prompts(5, 0).to_list() == [{"prompt": [{"content": "Who", "role": "user"}]}]
     assert [pair[1:] for pair in data.pairs(5, 0)] in ([("a0", "b"), ("a1", "b")], [("a1", "b"), ("a0", "b")])
+
+
+def test_a_dataset_that_has_changed_is_not_taken_for_the_old_one(prepare):
+    first = prepare(DatasetDict({"train": pairs(5), "test": pairs(3, 5)}))
+    again = prepare_data(DataConfig(path=str(first.folder.parent / "dataset")), first.folder, seed=0)
+    assert again == first
+    shutil.rmtree(first.folder.parent / "dataset")
+    with pytest.raises(ValueError, match=r"\(`dataset.path`\) is no longer what .* was made of"):
+        prepare(DatasetDict({"train": pairs(6), "test": pairs(3, 6)}))
 
 
 def test_part_of_the_rows(prepare):

@@ -151,6 +151,7 @@ class Comparison:
                 options = {**before["options"], **now["options"]}
                 changed = [name for name in options if before["options"].get(name) != now["options"].get(name)]
                 changed += ["peft"] if before["peft"] != now["peft"] else []
+                changed += ["form"] if now["form"] not in (None, before["form"]) else []
                 if changed:
                     names = ", ".join("`evaluation.checkpoints`" if n == "save_steps" else f"`{n}`" for n in changed)
                     raise ValueError(

@@ -13,7 +13,7 @@ from trl import ScriptArguments, extract_prompt, unpair_preference_dataset
 
 from ..cli.training import load_dataset
 from ..preference_checks import check_preferences, check_unpaired_preferences
-from ..synthetic.files import read_json, write_json
+from ..synthetic.files import digest_of_rows, read_json, write_json
 from ..synthetic.prompts import prompt_id, split_of
 from ..synthetic.training import METHODS
 from .comparison_config import DataConfig
@@ -90,10 +90,6 @@ def prepare_data(config: DataConfig, folder: Path, seed: int) -> ComparisonData:
     Raises:
         `ValueError`: the dataset has neither pairs, lists nor responses with labels, a row that cannot be used, or nothing to hold out.
     """
-    mark = folder / "data.json"
-    if mark.is_file():
-        found = read_json(mark)
-        return ComparisonData(folder, found["forms"], found["rows"], found["notes"])
     script_args = ScriptArguments(
         dataset_name=config.path, dataset_config=config.name, dataset_train_split=config.train_split
     )
@@ -106,7 +102,17 @@ def prepare_data(config: DataConfig, folder: Path, seed: int) -> ComparisonData:
         raise ValueError(
             f"`dataset.test_split` is {config.test_split!r}, but the dataset has only: {', '.join(splits)}."
         )
-    test_split = config.test_split or "test"
+    test_split, mark = config.test_split or "test", folder / "data.json"
+    used = [splits[name] for name in (config.train_split, test_split) if name in splits]
+    digests = [digest_of_rows(split) for split in used]
+    if mark.is_file():
+        found = read_json(mark)
+        if found["digests"] != digests:
+            raise ValueError(
+                f"The dataset {config.path!r} (`dataset.path`) is no longer what '{folder}' was made of. Name another `output_dir`, or remove "
+                "the folder of the comparison."
+            )
+        return ComparisonData(folder, found["forms"], found["rows"], found["notes"])
     train, test, notes = splits[config.train_split], splits.get(test_split), []
     columns = set(train.column_names)
     form = "ranked" if "completions" in columns else "preference" if "chosen" in columns else "unpaired"
@@ -148,7 +154,7 @@ def prepare_data(config: DataConfig, folder: Path, seed: int) -> ComparisonData:
     for name, dataset in made.items():
         dataset.save_to_disk(str(folder / name))
     rows = {"train": len(train), "test": len(test)}
-    write_json(mark, {"forms": list(made), "rows": rows, "notes": notes})
+    write_json(mark, {"digests": digests, "forms": list(made), "rows": rows, "notes": notes})
     return ComparisonData(folder, list(made), rows, notes)
 
 

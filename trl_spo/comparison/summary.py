@@ -315,14 +315,8 @@ def _plain(config: ComparisonConfig) -> dict[str, Any]:
     values = asdict(config)
     plain = {}
     for f in fields(config):
-        default = (
-            f.default
-            if f.default is not MISSING
-            else f.default_factory()
-            if f.default_factory is not MISSING
-            else MISSING
-        )
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         default = asdict(default) if hasattr(default, "__dataclass_fields__") else default
-        if default is MISSING or values[f.name] != default:
+        if values[f.name] != default:
             plain[f.name] = values[f.name]
     return without_secrets(plain)

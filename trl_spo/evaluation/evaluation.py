@@ -216,7 +216,8 @@ class Evaluation:
             self.max_new_tokens,
             self.seed,
         ]
-        how = [*sampling, self.batch_size, {name: str(value) for name, value in self.model_kwargs.items()}]
+        loading = [self.batch_size, {option: str(value) for option, value in self.model_kwargs.items()}]
+        how = [*sampling, *loading]
         reference_stamp = _stamp(self.reference)
         if found.get("sampling") != request_key(told=how):  # what was drawn in another way is not gone on with
             for path_of_samples in folder.glob("samples*"):
@@ -227,7 +228,7 @@ class Evaluation:
         units: dict[str, Any] = dict(on_policy["units"])
         metrics = {of: mean_estimate(values) for of, values in units.items()} | on_policy["of_all"]
         if self.pairs:
-            log_probs = part("pairs", [how[4:], request_key(pairs=self.pairs)], lambda: self._log_probs(model))
+            log_probs = part("pairs", [loading, request_key(pairs=self.pairs)], lambda: self._log_probs(model))
             of_base = log_probs if base is None else base["log_probs"]
             changes = displacement_units(_as_scores(log_probs), _as_scores(of_base))
             if base is not None:
@@ -238,7 +239,7 @@ class Evaluation:
             result["log_probs"] = log_probs
         if capabilities:
             for capability in self.capabilities:
-                told = [how[4:], capability.identity(self.seed)]
+                told = [loading, capability.identity(self.seed)]
                 values = part(
                     f"capability {capability.name}",
                     told,

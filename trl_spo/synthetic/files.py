@@ -109,3 +109,11 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_rows(dataset: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 of the texts and numbers that a dataset has in it, wherever it was loaded from."""
+    found = hashlib.sha256()
+    for row in dataset:
+        found.update(json.dumps(row, ensure_ascii=False, default=lambda other: type(other).__name__).encode() + b"\n")
+    return found.hexdigest()

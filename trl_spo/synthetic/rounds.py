@@ -25,12 +25,12 @@ from .agreement import label_of_share
 from .candidates import generate_candidates
 from .check_set import HumanCheckError, check_pairs
 from .endpoint import Budget
-from .files import Rows, digest, read_json, write_json, write_rows
+from .files import Rows, digest, digest_of_rows, read_json, write_json, write_rows
 from .identity import local_folder, weights_identity
 from .jury import Jury, Pair
 from .prompts import split_of
 from .store import AnswerStore
-from .synthesis import Synthesis, digest_of_rows, load_split, make_critic, make_student, refuse_folder
+from .synthesis import Synthesis, load_split, make_critic, make_student, refuse_folder
 from .synthesis_config import SynthesisConfig, from_dict, import_function
 from .training import WITH_REWARD_MODEL, TrainingConfig, train
 

@@ -12,7 +12,6 @@ From prompts to a preference dataset, stage by stage. Each leaves its files in t
     reward_model reward_model/model/: a reward model on them
 """
 
-import hashlib
 import json
 import random
 from collections import Counter
@@ -31,7 +30,7 @@ from .candidates import generate_candidates, temperature_spread
 from .check_set import check_pairs, human_check, refuse_jury
 from .critics import Critic, EndpointCritic, RuleCritic
 from .endpoint import Budget, Endpoint
-from .files import Rows, digest, read_json, replacing, write_json, write_row, write_rows
+from .files import Rows, digest, digest_of_rows, read_json, replacing, write_json, write_row, write_rows
 from .filters import FilterConfig, filter_pairs
 from .identity import weights_of_folder
 from .jury import Jury
@@ -454,14 +453,6 @@ def refuse_folder(folder: Path, mark: Path) -> None:
     # Hidden files are those that a kill has left half written
     if folder.exists() and not mark.is_file() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"The folder '{folder}' (`output_dir`) holds something else. Name another one.")
-
-
-def digest_of_rows(dataset: Dataset) -> str:
-    """SHA-256 of the texts and numbers that a dataset has in it, wherever it was loaded from."""
-    found = hashlib.sha256()
-    for row in dataset:
-        found.update(json.dumps(row, ensure_ascii=False, default=lambda other: type(other).__name__).encode() + b"\n")
-    return found.hexdigest()
 
 
 def load_split(arguments: dict[str, Any], name: str) -> Dataset:
