@@ -271,3 +271,29 @@ def test_lists_and_adapters(make, tmp_path, model_path):
         first, last = (point["metrics"] for point in run["points"])
         assert 1e-5 < first["kl"]["value"] < last["kl"]["value"]  # of the adapter, as the model itself has none
         assert last["chosen_change"]["value"] != 0
+
+
+@pytest.mark.parametrize("all_checkpoints", [False, True])
+def test_critics(make, tmp_path, all_checkpoints):
+    """Without a reward function, quality is the win rate; with one, it is shown beside."""
+    (tmp_path / "rules.py").write_text("def longer(prompt, response, **columns):\n    return len(response)\n")
+    critic = {"type": "rule", "name": "longer", "function": f"{tmp_path}/rules.py:longer"}
+    summary = make(
+        critics=[critic],
+        evaluation={"max_new_tokens": 6, "checkpoints": 2, "judge_checkpoints": all_checkpoints},
+        **({} if all_checkpoints else {"reward": None}),
+    ).run()
+    assert set(status(summary).values()) == {"done"}, [run["error"] for run in summary["runs"]]
+    assert summary["quality"] == {
+        "metric": "win_rate",
+        "label": "Win rate against the reference",
+        "by": ["longer"],
+        "baseline": 0.5,
+    }
+    first, last = (point["metrics"] for point in summary["runs"][0]["points"])
+    assert "win_rate" in last and ("win_rate" in first) == all_checkpoints
+    assert ("reward" in first) == ("reward" in last) == all_checkpoints
+    judged = summary["settings"][0]["judged"]
+    assert sum(judged.values()) == 8 and judged["undecided"] == 0
+    assert summary["frontiers"]["kl"]["dpo"][0] == (0.0, 0.5)
+    assert summary["cost"]["judging"] == 0.0 and summary["cost"]["currency"] is None
