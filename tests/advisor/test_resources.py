@@ -245,6 +245,19 @@ def test_memory_grows_with_what_it_should():
     )
 
 
+def test_autocast_keeps_16_bit_copies_of_what_is_trained():
+    def copies(**options):
+        plan = make_plan("dpo", options)
+        found = estimate_memory(_large(bool(options.get("use_peft"))), plan, Launch(), 1024)
+        return found.working["16-bit copies"]
+
+    whole = _large().parameters
+    assert copies() == 2 * 2 * whole  # the policy's and the reference's
+    assert copies(use_peft=True, gradient_checkpointing=False) == 2 * _large(True).parameters
+    # Frozen weights are not saved for the backward pass: a layer's copies go with the layer, measured as 4.6 bytes a parameter in all
+    assert copies(use_peft=True) == copies(dtype="bfloat16") == copies(bf16=False) == 0
+
+
 def test_sharding_saves_memory():
     def total(name):
         return estimate_memory(_large(), make_plan("dpo"), read_launch(name, 8), 512).total

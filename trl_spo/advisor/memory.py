@@ -327,7 +327,8 @@ def _of_launch(size: ModelSize, plan: Plan, launch: Launch, dtype: int, found: d
         whole = 4.0 * size.parameters if models == 2 else 0.0
         return {"gathered layers": max(whole, 8.0 * size.largest_layer)}
     quantized = plan.get("load_in_4bit") or plan.get("load_in_8bit")
-    casts = plan.mixed_precision and dtype == 4 and not quantized
+    # Autocast keeps copies of the weights that are trained; of frozen ones, checkpointing leaves those of one layer
+    casts = plan.mixed_precision and dtype == 4 and not quantized and not (plan.get("use_peft") and plan.checkpointing)
     return {
         "16-bit copies": 2.0 * models * size.parameters if casts else 0.0,
         "buckets of gradients": found["gradients"] if launch.num_processes > 1 else 0.0,

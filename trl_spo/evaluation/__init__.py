@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy is worth beside its reference: quality, distance, diversity, and what it has lost. See docs/evaluation.md."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -64,22 +65,4 @@ EXTRA = ("lm_eval", "sacrebleu", "scipy")
 
 __all__ = list(_PUBLIC)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        raise ImportError(
-            f'`trl_spo.evaluation.{name}` needs the package {package!r}. Run `pip install "trl-spo[eval]"`.'
-        ) from error
-    globals()[name] = value  # next time, it is found without coming here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC, "eval", EXTRA)

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic preferences: a student's responses, a jury of critics, filters, a human check set. See docs/synthetic.md."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -76,21 +77,4 @@ EXTRA = ("datasketch", "krippendorff", "openai", "sacrebleu", "scipy", "sklearn"
 
 __all__ = list(_PUBLIC)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRA:
-            raise
-        raise ImportError(
-            f'`trl_spo.synthetic.{name}` needs the package {error.name!r}. Run `pip install "trl-spo[synthetic]"`.'
-        ) from error
-    globals()[name] = value  # next time, it is found without coming here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC, "synthetic", EXTRA)
