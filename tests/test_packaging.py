@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from importlib import import_module
 from importlib.metadata import requires
 from importlib.resources import files
-from importlib import import_module
 from pathlib import Path
 
 import pytest
