@@ -249,6 +249,8 @@ def frontier(config: dict, seed: int, steps: int) -> dict:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         with torch.no_grad():
             logps = world.log_probs(policy)[0].double()
+    # What is outside are padding and prompts, which some losses push the probability to. What is measured is the policy without them
+    inside, logps = logps.exp().sum().item(), logps.log_softmax(0)
     kl, reward_of = kl_divergence(logps, ref_logps).item(), expectation(logps, rewards).item()
     best = reward_at_kl(rewards, ref_logps, kl)
     return {
@@ -260,6 +262,7 @@ def frontier(config: dict, seed: int, steps: int) -> dict:
         "regret": best - reward_of,
         "best": best,
         "initial": expectation(ref_logps, rewards).item(),
+        "inside": inside,
     }
 
 
@@ -278,7 +281,7 @@ def report_frontier(output_dir: Path) -> None:
     print(
         f"\n{NUM_PAIRS} pairs; mean ± half of the 95 % interval over seeds, each with its own rewards, reference and pairs\n"
     )
-    rows, columns = [], ("reward", "kl", "entropy", "best", "regret")
+    rows, columns = [], ("reward", "kl", "entropy", "inside", "best", "regret")
     for config in GRID:
         group = [run for run in runs if run["config"] == config]
         if group:
@@ -287,7 +290,18 @@ def report_frontier(output_dir: Path) -> None:
             cells = [show([run[column] for run in group], 3) for column in columns]
             rows.append([f"{LABELS[config['method']]} {name}", str(len(group)), *cells, show(share)])
     print_table(
-        ["method", "seeds", "reward", "KL", "entropy", "best at this KL", "regret", "of the gain of the best"], rows
+        [
+            "method",
+            "seeds",
+            "reward",
+            "KL",
+            "entropy",
+            "probability of words",
+            "best at this KL",
+            "regret",
+            "of the gain of the best",
+        ],
+        rows,
     )
 
     import matplotlib

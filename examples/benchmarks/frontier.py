@@ -54,7 +54,11 @@ sentiment = _load_example("controlled_sentiment")
 DPO = [{"method": "dpo", "beta": beta} for beta in (0.05, 0.1, 0.3, 0.5, 1.0, 2.0)]
 IPO = [{"method": "ipo", "beta": beta} for beta in (1.0, 3.0, 10.0, 30.0)]
 SOFT = [{"method": "soft", "alpha": alpha, "beta": beta} for alpha in (0.05, 0.1, 0.3) for beta in (0.03, 0.1, 0.3)]
-STABLE = [{"method": "stable", "beta": beta} for beta in (0.05, 0.1, 0.3, 1.0)]
+# What holds it is the weight of its penalty: at the default of 10 it hardly leaves the base model
+STABLE = [
+    *({"method": "stable", "beta": 0.1, "penalty_weight": weight} for weight in (0.1, 0.3, 1.0, 3.0, 10.0)),
+    *({"method": "stable", "beta": beta, "penalty_weight": 0.3} for beta in (0.05, 0.5)),
+]
 SSPO = [{"method": "sspo", "beta": beta} for beta in (0.05, 0.1, 0.3, 1.0)]
 FAMILIES = {"dpo": "DPO", "ipo": "IPO", "soft": "SoftPO", "stable": "StablePO", "sspo": "SSPO"}
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom

@@ -29,7 +29,7 @@ CONFIGS = [
     {"method": "dpo", "beta": 0.1},
     {"method": "ipo", "beta": 1.0},
     {"method": "soft", "alpha": 0.05, "beta": 0.05},
-    {"method": "stable", "beta": 0.1},
+    {"method": "stable", "beta": 0.1, "penalty_weight": 0.3},
 ]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)

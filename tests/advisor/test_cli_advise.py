@@ -60,13 +60,16 @@ def call(capsys):
     return run
 
 
-def test_exit_status(call, good, bad):
+def test_exit_status(call, good, bad, monkeypatch):
     assert call("--dataset_name", good)[0] == 0
     assert call("--dataset_name", good, "--strict")[0] == 0
     assert call("--dataset_name", bad)[0] == 1
     # Few examples are a warning
-    assert call("--dataset_name", good, "--max_examples", "60")[0] == 0
-    assert call("--dataset_name", good, "--max_examples", "60", "--strict")[0] == 1
+    monkeypatch.setattr("trl_spo.advisor.quality.FEW", 71)
+    assert call("--dataset_name", good)[0] == 0
+    assert call("--dataset_name", good, "--strict")[0] == 1
+    monkeypatch.setattr("trl_spo.advisor.quality.TOO_FEW", 71)
+    assert call("--dataset_name", good)[0] == 1
     assert call("--dataset_name", good, "--max_examples", "30")[0] == 1
 
 
@@ -75,7 +78,7 @@ def test_json(call, bad):
     told = json.loads(out)
     assert list(told) == ["schema", "dataset", "shape", "recommendation", "training", "findings", "counts"]
     assert (status, told["schema"]) == (1, 1)
-    assert told["dataset"] == {"rows": 30, "eval_rows": None, "usable": 29}
+    assert told["dataset"] == {"rows": 30, "total": 30, "eval_rows": None, "usable": 29}
     assert told["shape"]["kind"] == "pairs" and "dpo" in told["shape"]["methods"]
     assert told["recommendation"]["method"] == "dpo" and told["recommendation"]["reasons"]
     severities = [finding["severity"] for finding in told["findings"]]
@@ -98,7 +101,7 @@ def test_table(call, bad, monkeypatch):
         assert f"{finding['title']} [{finding['code']}]" in text
         for part in (finding["detail"], finding["remedy"]):
             assert part.replace(" ", "") in text.replace(" ", "")  # nothing is cut
-    assert "2 errors" in text
+    assert "1 error," in text
 
 
 def test_table_has_colours_in_a_terminal(bad, capsys):
@@ -218,7 +221,7 @@ def test_mixture_of_datasets(call, bad, tmp_path):
     config = tmp_path / "mixture.yaml"
     config.write_text(f"datasets:\n- path: json\n  data_files: {bad}\ntest_split_size: 0.2\n")
     told = json.loads(call("--config", config, "--json")[1])
-    assert told["dataset"] == {"rows": 24, "eval_rows": 6, "usable": told["dataset"]["usable"]}
+    assert told["dataset"] == {"rows": 24, "total": 24, "eval_rows": 6, "usable": told["dataset"]["usable"]}
 
 
 def test_mistakes_of_ours_are_not_the_users(good, monkeypatch):
@@ -234,6 +237,29 @@ def test_split_is_missing_but_asked_for(call, bad):
     status, out, _ = call("--dataset_name", bad, "--eval_strategy", "steps", "--json")
     found = {finding["code"]: finding["severity"] for finding in json.loads(out)["findings"]}
     assert found["no_eval_split"] == "error" and status == 1
+
+
+def test_other_splits_are_named(call, tmp_path):
+    DatasetDict({"train": _pairs(70), "validation": _pairs(10, 1000)}).save_to_disk(str(tmp_path / "data"))
+    found = json.loads(call("--dataset_name", tmp_path / "data", "--json")[1])["findings"]
+    (finding,) = (one for one in found if one["code"] == "no_eval_split")
+    assert "validation. Pass `--dataset_test_split`" in finding["remedy"]
+    found = json.loads(call("--dataset_name", tmp_path / "data", "--dataset_test_split", "validation", "--json")[1])
+    assert found["dataset"]["eval_rows"] == 10
+
+
+def test_empty_file(call, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    status, out, err = call("--dataset_name", tmp_path / "empty.jsonl")
+    assert (status, out) == (2, "") and "empty.jsonl', which is empty" in err
+
+
+def test_options_that_the_recommended_method_does_not_have(call, tmp_path):
+    make_unpaired(*((f"q {i}", "a", i % 2 == 0) for i in range(20))).to_json(tmp_path / "unpaired.jsonl")
+    status, out, _ = call("--dataset_name", tmp_path / "unpaired.jsonl", "--label_smoothing", "0.1", "--json")
+    told = json.loads(out)
+    assert status == 1 and told["training"]["method"] == "kto"
+    assert "options_not_checked" in {finding["code"] for finding in told["findings"]}
 
 
 def test_streams(call, bad):

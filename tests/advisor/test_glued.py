@@ -41,7 +41,8 @@ def test_no_false_alarms_on_real_data(name, real_data):
 @pytest.mark.parametrize("which", ["chosen", "rejected"])
 def test_glued_real_data_is_found(name, which, real_data):
     finding = only(_found(_glue(_some(real_data(name)), 1.0, 1, which)), "glued_pairs")
-    assert finding.severity == "error"
+    # Of chosen responses, it may be that they are refusals
+    assert finding.severity == ("error" if which == "rejected" else "warning") and finding.data["which"] == which
     low, high = finding.data[which]["interval"]
     assert low < 1.0 < high + 0.03
     assert finding.data[f"relevance_{which}"] == pytest.approx(0.5, abs=0.05)  # chance
@@ -120,6 +121,18 @@ def test_scripts_without_spaces():
     ]
     assert _found(make_pairs(*rows)) == []
     assert "glued_pairs" in codes(_found(_glue(make_pairs(*rows), 1.0, 0)))
+
+
+def test_few_words_are_canned():
+    refusals = ("I cannot help with that request.", "Sorry, this might cause harm to somebody.")
+    rows = [(f"what about{i} topic{i}", refusals[i % 2], f"topic{i} bad") for i in range(200)]
+    finding = only(_found(make_pairs(*rows)), "canned_responses")
+    assert finding.severity == "info" and finding.data["which"] == "chosen"
+    # "cannot", "help", "with", "that", "request", "sorry", "this", "might", "cause", "harm", "somebody"
+    assert finding.data["words"] == {"chosen": 11, "rejected": 200}
+    half = [(p, c if i % 2 else f"about{i} good", r) for i, (p, c, r) in enumerate(rows)]
+    finding = only(_found(make_pairs(*half)), "glued_pairs")
+    assert (finding.severity, finding.data["which"]) == ("warning", "chosen") and "as refusals do" in finding.detail
 
 
 def test_reused_responses():

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from tests.advisor.conftest import codes, make_pairs, make_unpaired, only, rows_of
 
+from trl_spo.advisor.findings import wilson
 from trl_spo.advisor.noise import (
     annotator_votes,
     flip_rate,
@@ -91,7 +92,10 @@ def test_unpaired_responses_with_both_labels():
     dataset = make_unpaired(("p", "a", True), ("p", "a", False), ("p", "b", True), ("p", "b", True), ("q", "a", False))
     found = repeated_comparisons(rows_of(dataset))
     assert (found["groups"], found["conflicting"]) == (2, 1)
-    assert codes(noise_findings(dataset, rows_of(dataset)))["label_noise"] == "warning"
+    assert codes(noise_findings(dataset, rows_of(dataset)))["label_noise"] == "info"  # by two of them
+    many = make_unpaired(*((f"p {i}", "a", label) for i in range(40) for label in (True, False)))
+    finding = only(noise_findings(many, rows_of(many)), "label_noise")
+    assert finding.severity == "warning" and "IPO" not in finding.remedy  # which is for pairs
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
@@ -187,6 +191,74 @@ def test_scores_against_labels():
         assert codes(findings) == {"score_contradictions": "warning", "score_ties": "info"}
         assert [finding.data["share"]["rate"] for finding in findings] == [1 / 3, 1 / 3]
     assert len(noise_findings(make_pairs(*pairs), rows_of(make_pairs(*pairs)))) == 1
+
+
+def test_few_cases_decide_nothing():
+    clean = [(f"p {i}", f"good {i}", f"bad {i}") for i in range(200)]
+    again, cycle = ("p 0", "bad 0", "good 0"), [("p", "a", "b"), ("p", "b", "c"), ("p", "c", "a")]
+    for few in ([again], cycle):
+        dataset = make_pairs(*clean, *few)
+        finding = only(noise_findings(dataset, rows_of(dataset)), "label_noise")
+        assert (finding.severity, finding.data["noisy"], finding.data["flip_rate"]) == ("info", None, 0.5)
+        assert "cannot be told by so few cases" in finding.detail and finding.remedy == ""
+    # Enough of them, but too few to say that it is more than a tenth: of 40 pairs, 11 have two labels that differ, e = 0.16
+    pairs = clean[:40] + [(p, b, a) if i < 11 else (p, a, b) for i, (p, a, b) in enumerate(clean[:40])]
+    for rows, noisy in ((pairs, None), (pairs * 5, None), (pairs + [(p, b, a) for p, a, b in clean[:40]], True)):
+        dataset = make_pairs(*rows)
+        assert only(noise_findings(dataset, rows_of(dataset)), "label_noise").data["noisy"] is noisy
+
+
+def test_one_contradiction_does_not_speak_for_a_thousand_votes():
+    votes = [["a", "a", "b"] if i < 20 else ["a", "a", "a"] for i in range(100)]
+    triples = [("p", "a", "b"), ("p", "b", "c"), ("p", "c", "a")]
+    clean = [(f"p {i}", f"good {i}", f"bad {i}") for i in range(97)]
+    # By the votes, of a panel of which one of 15 errs; one triple is a cycle
+    (first, second) = _estimates(make_pairs(*triples, *clean, votes=votes))
+    assert (first["source"], second["source"]) == ("votes", "cycles")
+    # Votes of two rows come after 100 pairs that are there twice
+    again = [(p, b, a) if i < 20 else (p, a, b) for i, (p, a, b) in enumerate(clean)]
+    votes = [["a", "b"]] * 2 + [None] * (2 * len(clean) - 2)
+    (first, second) = _estimates(make_pairs(*clean, *again, votes=votes))
+    assert (first["source"], second["source"]) == ("repeated", "votes")
+
+
+def test_votes_of_panels_of_several_sizes():
+    rng = np.random.default_rng(5)
+    sizes = [9] * 10 + [2] * 1500 + [1] * 500
+    votes = [["b" if wrong else "a" for wrong in rng.random(n) < 0.2] for n in sizes]
+    pairs = [(f"p {i}", "a", "b") for i in range(len(sizes))]
+    (estimate,) = _estimates(make_pairs(*pairs, votes=votes))
+    assert (estimate["annotators"], estimate["disagreement"]["number"]) == (9, 1510)
+    # By hand: of nine, at least five are wrong; one of two that differ, or the only one, is wrong as often as not
+    of_nine = sum(math.comb(9, k) * 0.2**k * 0.8 ** (9 - k) for k in range(5, 10))
+    expected = (10 * of_nine + 1500 * (0.2**2 + 0.2 * 0.8) + 500 * 0.2) / 2010
+    low, high = estimate["interval"]
+    assert low < expected < high and estimate["flip_rate"] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("votes", "text"),
+    [([3] * 60, "all annotators agree"), ([["helpful", "honest"]] * 60, "differ more often than votes")],
+)
+def test_votes_that_say_nothing(votes, text):
+    dataset = make_pairs(*((f"p {i}", "a", "b") for i in range(60)), annotations=votes)
+    finding = only(noise_findings(dataset, rows_of(dataset)), "label_noise")
+    assert finding.data["estimates"] == [] and text in finding.detail
+
+
+def test_images_may_be_what_differs():
+    pairs = [("Is it red?", *("yes", "no")[:: 1 - 2 * (i % 2)]) for i in range(60)]
+    dataset = make_pairs(*pairs)
+    assert only(noise_findings(dataset, rows_of(dataset)), "label_noise").data["estimates"] != []
+    dataset = dataset.add_column("images", [[f"{i}.png"] for i in range(60)])
+    finding = only(noise_findings(dataset, rows_of(dataset)), "label_noise")
+    assert finding.data["estimates"] == [] and "different images" in finding.detail
+
+
+@pytest.mark.parametrize("pairs", [[], [("p", "a", "a")], [("p", "a", "b"), ("p", "b", "a")] * 3])
+def test_nothing_to_make_triples_of(pairs):
+    rows = rows_of(make_pairs(("q", "c", "c"), *pairs))
+    assert intransitive_triples(rows) == {"triples": 0, "cycles": 0, "prompts": 0, "rate": wilson(0, 0)}
 
 
 def test_lists_have_no_labels_to_compare():

@@ -101,8 +101,9 @@ def test_batch_of_kto():
 
 
 def test_sequences_of_a_batch():
-    assert make_plan("dpo", {"per_device_train_batch_size": 3}).sequences == 6
-    assert make_plan("kto", {"per_device_train_batch_size": 3}).sequences == 3
+    assert make_plan("dpo", {"per_device_train_batch_size": 3}).sequences(2) == 6
+    assert make_plan("soft_po", {"per_device_train_batch_size": 3}).sequences(16) == 48
+    assert make_plan("kto", {"per_device_train_batch_size": 3}).sequences(2) == 3
 
 
 def test_dtype():

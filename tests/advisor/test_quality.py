@@ -6,7 +6,14 @@ from datasets import Dataset
 from tests.advisor.conftest import REAL, codes, make_pairs, make_unpaired, only, rows_of
 
 from trl_spo.advisor.duplicates import duplicate_findings, leakage_findings, near_duplicate_findings
-from trl_spo.advisor.quality import balance_findings, list_findings, quality_findings, size_findings, usable_rows
+from trl_spo.advisor.quality import (
+    balance_findings,
+    list_findings,
+    prompt_findings,
+    quality_findings,
+    size_findings,
+    usable_rows,
+)
 from trl_spo.preference_checks import check_preferences, check_unpaired_preferences
 
 
@@ -19,8 +26,11 @@ def _pairs(n, prompt="Prompt {}"):
     [(0, "error"), (499, "error"), (500, "warning"), (4999, "warning"), (5000, None), (60000, None)],
 )
 def test_marks_of_size(usable, expected):
-    severities = [finding.severity for finding in size_findings(rows_of(make_pairs(*_pairs(3))), usable)]
+    rows = rows_of(make_pairs(*_pairs(3)))
+    severities = [finding.severity for finding in size_findings(rows, usable, usable)]
     assert severities == ([] if expected is None else [expected])
+    of_stream = [finding.code for finding in size_findings(rows, usable, None)]  # whose rows nobody has counted
+    assert of_stream == ([] if expected is None else ["size_unknown"])
 
 
 def test_what_teaches_nothing_is_not_counted():
@@ -93,6 +103,44 @@ def test_trl_takes_empty_responses():
     assert codes(quality_findings(rows, "soft_po"))["empty_responses"] == "error"
 
 
+def test_trl_cannot_split_what_is_empty():
+    from trl import extract_prompt
+
+    row = {"chosen": "", "rejected": "a question? no"}
+    with pytest.raises(UnboundLocalError):
+        extract_prompt(row)
+    rows = rows_of(Dataset.from_list([{"chosen": "a question? yes", "rejected": "a question? no"}, row]))
+    finding = only(quality_findings(rows, "dpo"), "empty_responses")
+    assert finding.severity == "error" and "without a column `prompt`" in finding.detail
+
+
+def test_prompts_in_another_column():
+    questions, answers = ["What is it?", "Who was that?", "Where to?"], ["Yes", "No", "Up"]
+    texts = {"question": questions, "chosen": [f"{a} good" for a in answers], "rejected": [f"b {a}" for a in answers]}
+    dataset = Dataset.from_dict(texts)
+    (finding,) = prompt_findings(dataset, rows_of(dataset))
+    assert (finding.code, finding.severity) == ("prompt_column", "error")
+    assert 'rename_column("question", "prompt")' in finding.remedy
+    renamed = dataset.rename_column("question", "prompt")
+    assert prompt_findings(renamed, rows_of(renamed)) == []
+    unknown = dataset.rename_column("question", "asked")
+    assert codes(prompt_findings(unknown, rows_of(unknown))) == {"no_prompt": "warning"}
+    users = dataset.remove_columns("question").add_column("user", ["ann", "ben", "cid"])
+    assert codes(prompt_findings(users, rows_of(users))) == {"no_prompt": "warning"}
+
+    def within(row, name):
+        return f"{row['question']} {row[name]}"
+
+    for make in (
+        within,  # with the prompt in them, as in hh-rlhf
+        lambda row, name: [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row[name]}],
+    ):
+        dataset = Dataset.from_list(
+            [row | {name: make(row, name) for name in ("chosen", "rejected")} for row in Dataset.from_dict(texts)]
+        )
+        assert prompt_findings(dataset, rows_of(dataset)) == []
+
+
 def test_formats():
     assert codes(quality_findings(rows_of(make_pairs(("A question?", "Yes.", "No."))))) == {"no_separator": "warning"}
     assert "1 of 1 rows" in quality_findings(rows_of(make_pairs(("A question?", "Yes.", "No."))))[0].detail
@@ -158,6 +206,7 @@ def test_copies_and_repeated_prompts():
     assert codes(findings) == {"duplicate_rows": "warning", "repeated_prompts": "info"}
     assert only(findings, "duplicate_rows").data["count"] == 1
     assert only(findings, "repeated_prompts").data == {"rows": 10, "prompts": 8}
+    assert "at least as many" in duplicate_findings(rows, sampled=True)[0].detail
     few = rows_of(make_pairs(*_pairs(400), ("Prompt 0", " good 0", " bad 0")))
     assert codes(duplicate_findings(few)) == {"duplicate_rows": "info"}
 
@@ -173,6 +222,8 @@ def test_leakage():
     assert codes(findings) == {"leaked_rows": "warning", "leaked_prompts": "warning"}
     assert (only(findings, "leaked_rows").data["count"], only(findings, "leaked_prompts").data["count"]) == (1, 2)
     assert codes(leakage_findings(train, train)) == {"leaked_rows": "error"}
+    (finding,) = leakage_findings(train, train, sampled=True)
+    assert "at least as many" in finding.detail and "sample" not in findings[0].detail
     assert codes(leakage_findings(train, None)) == {"no_eval_split": "info"}
     assert codes(leakage_findings(train, None, evaluates=True)) == {"no_eval_split": "error"}
 
@@ -209,6 +260,15 @@ def test_near_duplicates_that_take_long_are_asked_for(monkeypatch):
     (finding,) = near_duplicate_findings((dataset, None), (rows_of(dataset), None))
     assert finding.code == "near_duplicates_not_checked" and "--near_duplicates" in finding.detail
     assert near_duplicate_findings((dataset, None), (rows_of(dataset), None), threshold=0.99) == []
+
+
+@pytest.mark.parametrize(("most", "expected"), [(24, []), (23, ["near_duplicates_not_checked"])])
+def test_many_prompts_may_all_be_alike(most, expected, monkeypatch):
+    # Each of a template is compared with all before it, however short they are
+    monkeypatch.setattr("trl_spo.advisor.duplicates._FEW_PROMPTS", most)
+    datasets = make_pairs(*_pairs(20, "{}")), make_pairs(*_pairs(24, "{}"))
+    found = near_duplicate_findings(datasets, tuple(rows_of(dataset) for dataset in datasets))
+    assert [finding.code for finding in found] == expected
 
 
 def test_near_duplicates_without_the_package(monkeypatch):

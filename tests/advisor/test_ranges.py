@@ -88,6 +88,24 @@ def test_soft_po(options, tokens, expected):
     assert set(_severities("soft_po", float(tokens), **options)) == expected
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("dpo", {"beta": 0.0}, {"beta_range": "error"}),
+        ("dpo", {"beta": 50.0}, {}),  # of sums, which depend on the length
+        ("kto", {"beta": 50.0}, {}),
+        ("ipo", {"beta": 0.001}, {"beta_range": "warning"}),
+        ("ipo", {"beta": 1.0}, {}),
+        ("dpo", {"loss_type": ["sigmoid_norm"]}, {"beta_range": "warning"}),
+        ("soft_po", {"alpha": 50.0}, {}),
+        ("soft_po", {"logp_reduction": "mean"}, {"alpha_range": "warning"}),
+        ("soft_po", {"beta": 5.0}, {"beta_range": "warning"}),
+    ],
+)
+def test_what_needs_no_tokens(method, options, expected):
+    assert _severities(method, None, **options) == expected
+
+
 def test_beta_of_nothing():
     assert _severities("dpo", beta=0.0) == {"beta_range": "error"}
 

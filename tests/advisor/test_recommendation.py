@@ -38,6 +38,15 @@ def test_noisy_pairs():
     assert "About 50% of the labels" in found.reasons[0]
 
 
+def test_one_contradiction_is_no_noise():
+    found, _ = _recommended(
+        Dataset.from_list(
+            [*CLEAN.to_list(), {"prompt": "question0 here ", "chosen": "answer0 bad", "rejected": "answer0 good"}]
+        )
+    )
+    assert found.method == "dpo" and "too little tells how noisy" in found.reasons[0]
+
+
 def test_clean_labels_by_votes():
     found, _ = _recommended(CLEAN.add_column("votes", [["a", "a", "b"]] + [["a", "a", "a"]] * 29))
     assert found.method == "dpo" and "clean labels" in found.reasons[0]
@@ -48,10 +57,29 @@ def test_binary_feedback():
     assert (found.method, others) == ("kto", ["sspo_kto"])
 
 
-def test_glued_pairs():
+def test_glued_pairs(monkeypatch):
     rows = [(f"what about{i} topic{i}", f"about{i} good", f"topic{(i + 7) % 200} bad") for i in range(200)]
     found, others = _recommended(make_pairs(*rows))
     assert found.method == "kto" and "dpo" in others
+    monkeypatch.setattr("trl_spo.advisor.recommendation.FEW", 20)
+    assert (
+        _recommended(make_pairs(*rows), large_budget=True)[0].method == "kto"
+    )  # of which no reward model learns more
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_refusals_are_not_glued(every):
+    refusals = ("I cannot help with that request.", "Sorry, this might cause harm to somebody.")
+    rows = [
+        (f"what about{i} topic{i}", refusals[i % 2] if i % every == 0 else f"about{i} good", f"topic{i} bad")
+        for i in range(200)
+    ]
+    assert _recommended(make_pairs(*rows))[0].method == "dpo"
+
+
+def test_pairs_without_a_prompt_are_not_glued():
+    texts = {"chosen": [f"good answer{i}" for i in range(200)], "rejected": [f"Bad reply{i}" for i in range(200)]}
+    assert _recommended(Dataset.from_dict(texts))[0].method == "dpo"
 
 
 def test_lists():

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the responses are the reference's own: with distributions that are known, and with a real small model."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,18 @@ from tests.advisor.conftest import codes, make_pairs, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_spo.advisor.advice import advise
-from trl_spo.advisor.reference import cut, difference, excess_of, own_samples, ratio_error, reference_findings
+from trl_spo.advisor.findings import UsageError
+from trl_spo.advisor.models import read_model
+from trl_spo.advisor.reference import (
+    _draw,
+    _load,
+    cut,
+    difference,
+    excess_of,
+    own_samples,
+    ratio_error,
+    reference_findings,
+)
 from trl_spo.evaluation import ResponseScore
 
 
@@ -113,12 +127,14 @@ def human(real_data):
     return short.select(range(16))
 
 
-def _found(reference, dataset, **kwargs):
-    return reference_findings(reference, dataset, rows_of(dataset), **{"number": 16, "batch_size": 32, **kwargs})
+def _found(reference, dataset, model=None, **kwargs):
+    models = {"model": None if model is None else read_model(model)}
+    options = {"number": 16, "batch_size": 32, **models, **kwargs}
+    return reference_findings(read_model(reference), dataset, rows_of(dataset), **options)
 
 
 def test_own_responses_pass(stories, own):
-    (finding,) = _found(stories, own, model=stories)  # which is the same one, so that there is nothing to compare
+    (finding,) = _found(stories, own)
     assert (finding.code, finding.severity) == ("on_policy", "info")
     data = finding.data
     assert abs(data["difference"]) < 3 * data["standard_error"] and data["prompts"] == 16
@@ -149,6 +165,95 @@ def test_another_model_that_is_nearer(stories, own, tmp_path):
     assert right == {"on_policy": "info", "reference_and_model": "info"}
 
 
+def test_samples_of_a_model_that_is_surer_of_itself(stories):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    model.model.norm.weight.data *= 2.0  # twice the logits, as at half the temperature
+    texts, _ = own_samples(model, tokenizer, PROMPTS[:8], 30, batch_size=16, seed=7)
+    sharper = make_pairs(*((prompt, texts[2 * i], texts[2 * i + 1]) for i, prompt in enumerate(PROMPTS[:8])))
+    (finding,) = _found(stories, sharper)
+    assert (finding.code, finding.severity) == ("likelier_than_samples", "info")
+    assert finding.data["difference"] < -3 * finding.data["standard_error"] and finding.data["gap"] > 0
+
+
+def test_samples_without_any_text(stories, own, monkeypatch):
+    monkeypatch.setattr("trl_spo.advisor.reference.own_samples", lambda *args: ([], []))
+    (finding,) = _found(stories, own)
+    assert finding.code == "reference_not_checked" and "samples are empty" in finding.detail
+
+
+def _saved(stories, folder, template=None, tokens=()):
+    """The model with another tokenizer."""
+    shutil.copytree(stories, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ message['content'] + eos_token }}{% endfor %}"
+)
+
+
+def test_prompts_that_the_model_cannot_read_are_not_asked(stories, own, tmp_path):
+    """Since they have findings of their own."""
+
+    def turns(role, text):
+        return [{"role": role, "content": text}]
+
+    chats = [
+        (turns("user", row["prompt"]), *(turns("assistant", row[name]) for name in ("chosen", "rejected")))
+        for row in own.to_list()
+    ]
+    strict = _saved(stories, tmp_path / "strict", _TEMPLATE)
+    dataset = make_pairs(*chats)
+    assert len(_draw([read_model(strict)], dataset, rows_of(dataset), 8, 0)[0]) == 8
+    with_system = make_pairs(*((turns("system", "Be kind.") + prompt, *rest) for prompt, *rest in chats))
+    found = codes(advise(with_system, model=strict).findings)
+    assert found["chat_template_fails"] == "error" and found["reference_not_checked"] == "info"
+    # The policy writes no chats, its reference does
+    found = {finding.code: finding for finding in advise(make_pairs(*chats), model=stories, ref_model=strict).findings}
+    assert f"'{stories}' has no chat template" in found["reference_not_checked"].detail
+    beyond = _saved(stories, tmp_path / "beyond", tokens=["<|think|>"])
+    thinking = own.map(lambda row: {"prompt": "<|think|>" + row["prompt"]})
+    found = codes(advise(thinking, model=beyond).findings)
+    assert found["vocabulary"] == "error" and found["reference_not_checked"] == "info"
+
+
+def test_weights_are_those_that_were_asked_for(stories, own, monkeypatch):
+    loaded, asked, fits = [], [], []
+    original = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: loaded.append((name, kwargs)) or original(name)
+    )
+    _load(replace(read_model(stories), kwargs={"revision": "v2", "trust_remote_code": True}))
+    assert loaded == [(stories, {"dtype": "auto", "revision": "v2", "trust_remote_code": True})]
+    monkeypatch.setattr("trl_spo.advisor.reference.reference_findings", lambda *args: asked.append(args) or [])
+    monkeypatch.setattr("trl_spo.advisor.models.fits_here", lambda model, facts: fits.append(facts.name))
+    other = stories + "/"
+    advise(own, model=stories, ref_model=other, options={"model_revision": "v2", "trust_remote_code": True})
+    # The revision is that of the model; both are loaded
+    (reference, _, _, _, model, *_) = asked[0]
+    assert (reference.name, reference.kwargs) == (other, {"revision": "main", "trust_remote_code": True})
+    assert (model.name, model.kwargs) == (stories, {"revision": "v2", "trust_remote_code": True})
+    assert sorted(fits) == sorted([stories, other])
+
+
+def test_what_it_would_be_asked_without(stories, own):
+    for name in ("tools", "images"):
+        findings = advise(own.add_column(name, ["[]"] * len(own)), model=stories).findings
+        finding = next(finding for finding in findings if finding.code == "reference_not_checked")
+        assert f"column `{name}`" in finding.detail
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_few_prompts_say_nothing(stories, own, number):
+    with pytest.raises(UsageError, match=f"at least 8, got {number}"):
+        advise(own, model=stories, reference_prompts=number)
+
+
 def test_too_few_prompts(stories, own):
     (finding,) = _found(stories, own.select(range(5)))
     assert finding.code == "reference_not_checked" and "Only 5 rows" in finding.detail
@@ -166,7 +271,9 @@ def test_it_is_part_of_the_advice(stories, own, monkeypatch):
     monkeypatch.setattr("trl_spo.advisor.reference.reference_findings", lambda *args: asked.append(args) or [])
     advise(own, model=stories)
     advise(own, model=stories, ref_model=stories)
-    assert [args[0] for args in asked] == [stories, stories] and [args[3] for args in asked] == [64, 64]
+    # The model is its own reference: nothing is to be compared
+    assert [args[0].name for args in asked] == [stories, stories]
+    assert [args[3:5] for args in asked] == [(64, None), (64, None)]
     monkeypatch.setattr("trl_spo.advisor.models.fits_here", lambda *args: "It is too large.")
     finding = next(
         finding for finding in advise(own, model=stories).findings if finding.code == "reference_not_checked"

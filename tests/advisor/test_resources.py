@@ -245,6 +245,23 @@ def test_memory_grows_with_what_it_should():
     )
 
 
+def test_activations_are_those_of_all_responses_of_a_row():
+    from trl_spo.soft_po.preference_data import DataCollatorForSoftPO
+
+    plan = make_plan("soft_po", {"beta": 0.0, "per_device_train_batch_size": 8})
+    size = measure_model(_facts(_llama()), plan)
+    activations = [estimate_memory(size, plan, Launch(), 32, n).working["activations"] for n in (2, 16)]
+    rows = [{"prompt_ids": [1], "completion_ids": [[2]] * 16, "ranks": list(range(16))}] * 8
+    assert len(DataCollatorForSoftPO(0)(rows)["input_ids"]) == plan.sequences(16) == 128
+    assert activations[1] == 8 * activations[0]
+    gpu = Gpu("g", 1.0)
+    (few, many) = (resource_findings(size, plan, Launch(), gpu, 8, 2.0, 9.0, 32, n)[0].data["total"] for n in (2, 16))
+    assert (many - few) * GIB == pytest.approx(
+        sum(estimate_memory(size, plan, Launch(), 32, 16).working.values())
+        - sum(estimate_memory(size, plan, Launch(), 32, 2).working.values())
+    )
+
+
 def test_autocast_keeps_16_bit_copies_of_what_is_trained():
     def copies(**options):
         plan = make_plan("dpo", options)
@@ -311,6 +328,17 @@ def test_models_that_are_too_large_are_not_loaded(monkeypatch):
         assert (fits_here(model, facts) is None) == fits
 
 
+def test_weights_are_as_large_as_their_file(monkeypatch):
+    from types import SimpleNamespace
+
+    facts = _facts(_llama(dtype="bfloat16"))
+    model = empty_model(facts)  # in 32 bits, which is not what the file has
+    needed = 2 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * needed))
+    assert facts.config.dtype == torch.bfloat16 and fits_here(model, facts) is None
+
+
 def test_gpus():
     assert find_gpu("H100") == find_gpu("nvidia h100") == find_gpu("h100-80gb") == Gpu("h100", 80.0, 989e12, 3.35e12)
     assert find_gpu("4090") == find_gpu("RTX 4090") == find_gpu("GeForce RTX 4090") == find_gpu("rtx-4090")
@@ -337,33 +365,35 @@ def test_time_by_hand():
         == 6 * size.multiplied
     )
     found = estimate_time(
-        size, plan, Launch(num_processes=4), Gpu("g", 80, 1e15, 1e12), rows=8000, sequences=16000, mean_tokens=500.0
+        size, plan, Launch(num_processes=4), Gpu("g", 80, 1e15, 1e12), steps=1000, sequences=2.0, mean_tokens=500.0
     )
-    assert (found["steps"], found["tokens"]) == (1000, 16000 * 500)
+    assert (found["steps"], found["tokens"]) == (1000, 16000 * 500)  # 2 rows each, of 4 processes
     assert found["hours"] == pytest.approx(8 * size.multiplied * 16000 * 500 / (4 * 1e15 * 0.35) / 3600)
-    assert estimate_time(size, plan, Launch(), Gpu("g", 80), 10, 20, 1.0) is None
+    assert estimate_time(size, plan, Launch(), Gpu("g", 80), 10, 2.0, 1.0) is None
 
 
 def test_generation_takes_time():
     size = _large()
     gpu = Gpu("g", 80, 1e15, 1e12)
-    found = estimate_time(size, make_plan("soft_po", {"max_steps": 80}), Launch(), gpu, 1000, 2000, 100.0)
+    found = estimate_time(size, make_plan("soft_po", {"max_steps": 80}), Launch(), gpu, 80, 2.0, 100.0)
     # Each 8 steps 256 tokens one after another, for each of which all weights are read, in 16 bits
     assert found["generation"] == pytest.approx(10 * 256 * 2 * size.parameters / (1e12 * 0.35) / 3600)
-    off = estimate_time(size, make_plan("soft_po", {"max_steps": 80, "beta": 0.0}), Launch(), gpu, 1000, 2000, 100.0)
+    off = estimate_time(size, make_plan("soft_po", {"max_steps": 80, "beta": 0.0}), Launch(), gpu, 80, 2.0, 100.0)
     assert off["generation"] == 0 and off["hours"] < found["hours"] - found["generation"]
 
 
 def test_steps():
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
     assert optimizer_steps(make_plan("dpo", options), Launch(num_processes=4), 3200) == 200
-    assert optimizer_steps(make_plan("dpo", options | {"max_steps": 7}), Launch(), 3200) == 7
+    for rows in (3200, None):
+        assert optimizer_steps(make_plan("dpo", options | {"max_steps": 7}), Launch(), rows) == 7
+    assert optimizer_steps(make_plan("dpo", options), Launch(), None) is None
 
 
 def _findings(gpu, launch=None, rows=10_000, **options):
     plan = make_plan("dpo", options)
     return resource_findings(
-        _large(bool(options.get("use_peft"))), plan, launch or Launch(), gpu, rows, 2 * rows, 400.0, 1024
+        _large(bool(options.get("use_peft"))), plan, launch or Launch(), gpu, rows, 2.0, 400.0, 1024
     )
 
 
@@ -396,4 +426,5 @@ def test_what_may_not_fit():
 def test_few_steps():
     assert codes(_findings(None, rows=100))["few_steps"] == "warning"
     assert "few_steps" not in codes(_findings(None, rows=3000))
+    assert codes(_findings(find_gpu("h200"), rows=None)) == {"memory": "error"}  # of a stream
     assert "time" not in codes(_findings(None)) and codes(_findings(find_gpu("h200")))["time"] == "info"

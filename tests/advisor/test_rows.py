@@ -103,7 +103,7 @@ def test_flags_of_plain_text():
     )
     rows = rows_of(implicit)
     assert _flag(rows, "cut_word") == [True, False, False]  # "I like ca", "I like" (and " dogs"), ""
-    assert _flag(rows, "other_prompt") == [False, False, True]
+    assert _flag(rows, "no_prompt") == [False, False, True] and not any(_flag(rows, "other_prompt"))
 
 
 def test_flags_of_conversations():
@@ -112,13 +112,26 @@ def test_flags_of_conversations():
 
     implicit = Dataset.from_dict(
         {
-            "chosen": [turns("q", "a"), turns("q", "a", "r", "b"), turns("q", "a"), turns("q", "a", "thanks")],
-            "rejected": [turns("q", "b"), turns("q", "c", "s", "d"), turns("other", "b"), turns("q", "b")],
+            "chosen": [
+                turns("q", "a"),
+                turns("q", "a", "r", "b"),
+                turns("q", "a"),
+                turns("q", "a", "thanks"),
+                turns("q", "a")[1:],
+            ],
+            "rejected": [
+                turns("q", "b"),
+                turns("q", "c", "s", "d"),
+                turns("other", "b"),
+                turns("q", "b"),
+                turns("q", "b")[1:],
+            ],
         }
     )
     rows = rows_of(implicit)
-    assert _flag(rows, "other_prompt") == [False, False, True, False]
-    assert _flag(rows, "not_assistant") == [False, False, False, True]
+    assert _flag(rows, "other_prompt") == [False, False, True, False, False]
+    assert _flag(rows, "no_prompt") == [False, False, False, False, True]  # of which nobody asked anything
+    assert _flag(rows, "not_assistant") == [False, False, False, True, False]
     explicit = make_pairs(
         (turns("q", "a"), turns("q", "a")[1:], turns("q", "b")[1:]), (turns("q"), turns("q", "a"), turns("q", "b"))
     )
@@ -130,6 +143,10 @@ def test_flags_of_conversations():
 def test_missing_values_and_labels():
     rows = rows_of(make_pairs(("p", "a", "b"), (None, "a", "b"), ("p", None, "b")))
     assert _flag(rows, "missing") == [False, True, True]
+    rows = rows_of(Dataset.from_dict({"chosen": ["a", "", "p a", None], "rejected": ["b", "b", "p b", "b"]}))
+    assert _flag(rows, "no_split") == [False, True, False, False]
+    assert _flag(rows, "no_prompt") == [True, False, False, False]
+    assert _flag(rows, "missing") == [False, False, False, True]
     rows = rows_of(make_unpaired(("p", "a", True), ("p", "b", None), ("p", None, False)))
     assert _flag(rows, "missing") == [False, False, True] and _flag(rows, "bad_label") == [False, True, False]
     assert rows.ranks.tolist() == [0, 1, 1]

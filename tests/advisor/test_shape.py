@@ -95,6 +95,21 @@ def test_prompt_of_text_beside_conversations_is_what_trl_fails_on(tokenizer, tmp
     assert find_shape(dataset.remove_columns("prompt"))[1] == []
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": ["a"], "completion": [_messages("assistant", "b")], "label": [True]},
+        {"prompt": ["a"], "completions": [[_messages("assistant", "b")] * 2], "best": [0]},
+        {"prompt": [_messages("user", "a")], "chosen": ["b"], "rejected": ["c"]},
+        {"chosen": ["b"], "rejected": [_messages("assistant", "c")]},
+        {"prompt": ["a"], "chosen": ["b"], "rejected": [_messages("assistant", "c")]},
+    ],
+)
+def test_texts_and_messages_are_not_mixed(columns):
+    shape, findings = find_shape(Dataset.from_dict(columns))
+    assert shape.kind is None and codes(findings) == {"mixed_formats": "error"}
+
+
 def test_completions_beside_pairs():
     # Ratings in a form of their own, from which the pairs were made
     rated = PAIRS.add_column("completions", [[{"text": "a", "rating": 3}]] * 2).add_column("scores", [[1.0]] * 2)

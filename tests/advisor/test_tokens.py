@@ -85,6 +85,9 @@ def test_pairs_are_those_of_dpo(form, mode, tokenizer, tmp_path):
     batch = DataCollatorForPreference(pad_token_id=0, max_length=limit, truncation_mode=mode)(kept.to_list())
     lengths = torch.stack(batch["attention_mask"].sum(dim=1).chunk(2), dim=1).tolist()
     assert counts.kept.reshape(-1, 2)[~dropped].tolist() == lengths
+    answers = torch.stack(batch["completion_mask"].sum(dim=1).chunk(2), dim=1).tolist()
+    assert counts.answers.reshape(-1, 2)[~dropped].tolist() == answers
+    assert not counts.answers.reshape(-1, 2)[dropped].any()
     ids = torch.stack(batch["input_ids"].chunk(2), dim=1)
     same = [one == other for one, other in ids.tolist()]
     assert counts.alike[~dropped].tolist() == same
@@ -106,6 +109,7 @@ def test_responses_are_those_of_kto(form, tokenizer, tmp_path):
     sums = (batch[name].sum(dim=1).tolist() for name in ("attention_mask", "completion_mask"))
     ours = zip(counts.kept[kept].tolist(), (counts.kept - counts.starts)[kept].tolist(), strict=True)
     assert sorted(ours) == sorted(zip(*sums, strict=True)) and 0 < kept.sum() < len(kept)
+    assert counts.answers.tolist() == np.maximum(counts.kept - counts.starts, 0).tolist()
     if form == "standard":  # one response of the row merges with the prompt, the other one does not
         assert counts.starts[6] < counts.starts[7]
 

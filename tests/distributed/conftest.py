@@ -46,7 +46,8 @@ def launch():
 def results(request, world, odd_world, launch, tmp_path_factory) -> Callable[[str], Path]:
     """
     `results(backend)`: a folder with a folder for each script, in which the scenarios are that `RUNS` has in the module of a test that
-    is asked for; `results("none")` is of one process. Launched once, also if that fails.
+    is asked for; `results("none")` is of one process. Launched once, also if that fails. A module's `prepare(backend, folder, results)`
+    comes before.
     """
     worlds = {"world": world, "odd_world": odd_world}
     modules = {item.module.__name__: item.module for item in request.session.items if hasattr(item.module, "RUNS")}
@@ -59,6 +60,8 @@ def results(request, world, odd_world, launch, tmp_path_factory) -> Callable[[st
             for module in modules.values():
                 folder = out / module.SCRIPT
                 folder.mkdir()
+                if hasattr(module, "prepare"):
+                    module.prepare(backend, folder, run)
                 arguments += [module.SCRIPT, str(worlds[module.WORLD]), str(folder), *module.RUNS[backend], "--"]
             try:
                 launch(backend, SCRIPTS, *arguments, processes=1 if backend == "none" else 2)

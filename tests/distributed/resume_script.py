@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the resume tests run: `resume_script.py WORLD RUN...`, in one process or several, where a RUN is OUT/KIND@END.
+What the resume tests run, in one process (`resume_script.py WORLD RUN...`) or several (see `run_scripts.py`). A RUN is OUT/KIND@END.
 
 Each run trains ten steps with a checkpoint every second one, in the folder OUT/KIND, from the last checkpoint if there is one. With a
 step for END the last process kills itself, as a machine that goes away would, in the middle of that optimizer step; with "end" it
@@ -140,16 +140,16 @@ def forked(function: Callable[[], None], stderr: Path | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-if __name__ == "__main__":
+def run_each(world: Path, runs: list[str]) -> None:
+    """The runs one after another. What is in this process has no process group yet."""
     for name in ("deepspeed", "rake_nltk"):  # which each run would import
         importlib.import_module(name)
-    begin()
-    store = None
+    given, store = dict(os.environ), None
     if "RANK" in os.environ:
         # Each run has a store of its own, or its processes would meet those of the run before. The launcher's tells them where.
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    for number, name in enumerate(sys.argv[2:]):
+    for number, name in enumerate(runs):
         folder, end = name.rsplit("@", 1)
         if store is not None:
             if os.environ["RANK"] == "0":
@@ -157,7 +157,7 @@ if __name__ == "__main__":
             os.environ["MASTER_PORT"] = store.get(f"port of run {number}").decode()  # waits for it
         kill_at = int(end) if end.isdigit() else None
         stderr = Path(f"{folder}.txt") if end == "error" and is_last_process() else None
-        code = forked(partial(train, Path(sys.argv[1]), Path(folder), kill_at), stderr)
+        code = forked(partial(train, world, Path(folder), kill_at), stderr)
         if kill_at is None:
             expected = code == (0 if end == "end" else 1)
         elif is_last_process():
@@ -167,3 +167,10 @@ if __name__ == "__main__":
             expected = code == 1
         if not expected:
             sys.exit(f"{name} ended with {code}")
+    os.environ.clear()
+    os.environ.update(given)
+
+
+if __name__ == "__main__":
+    begin()
+    run_each(Path(sys.argv[1]), sys.argv[2:])

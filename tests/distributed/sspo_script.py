@@ -76,7 +76,7 @@ def train(world: Path, out: Path, scenario: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     options = {
-        "max_steps": 4,
+        "max_steps": 3,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "beta": 0.5,

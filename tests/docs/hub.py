@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "synthetic"))
-import hub_server  # noqa: E402
+import hub_server  # noqa: E402 - found by the path above
 
 
 class Handler(hub_server.Handler):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "synthetic"))
-import scripted_server  # noqa: E402
+import scripted_server  # noqa: E402 - found by the path above
 
 
 _answer = scripted_server.answer

@@ -29,8 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from blocks import ROOT, Block, blocks_of, pages  # noqa: E402
-from commands import MEASURED, NOT_RUN, Shell, fork  # noqa: E402
+from blocks import ROOT, Block, blocks_of, pages  # noqa: E402 - found by the path above
+from commands import MEASURED, NOT_RUN, Shell, fork  # noqa: E402 - found by the path above
 
 
 TOKEN = "hf_of_the_test"  # of hub_server.py

@@ -16,17 +16,17 @@ from .findings import SEVERITIES, Finding, UsageError
 from .glued import glued_findings
 from .length import length_findings
 from .noise import noise_findings
-from .plan import Launch, make_plan, method_name, option_findings, read_launch
-from .quality import balance_findings, list_findings, quality_findings, size_findings, usable_rows
+from .plan import CONFIGS, Launch, method_name, read_launch
+from .quality import list_findings, prompt_findings, quality_findings, size_findings, usable_rows
 from .recommendation import Recommendation, recommend
 from .rows import Rows, read_rows
 from .shape import TITLES, Shape, find_shape
+from .training_checks import check_options, plan_of, training_findings
 
 
 if TYPE_CHECKING:
     from .gpus import Gpu
     from .models import ModelFacts
-    from .tokens import TokenCounts
 
 
 SCHEMA = 1
@@ -39,7 +39,8 @@ class Advice:
 
     Args:
         dataset (`dict[str, Any]`):
-            Rows of the splits, and how many of them a model can learn from.
+            Rows of the splits that were looked at, how many of them a model can learn from, and all rows of the train
+            split, if that is known.
         shape ([`Shape`]):
             What kind of preferences they are, and which methods are possible.
         recommendation ([`Recommendation`], *optional*):
@@ -90,8 +91,12 @@ def take(dataset: Dataset | IterableDataset, number: int | None, seed: int) -> D
             Of which.
 
     Raises:
-        `ValueError`: it streams, and no number is given.
+        `ValueError`: it streams, and no number is given, or these are several splits.
     """
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"These are the splits {', '.join(dataset)}. Pass one of them: `dataset[{next(iter(dataset))!r}]`."
+        )
     if number is not None and number < 1:
         raise ValueError(f"`max_examples` must be at least 1, got {number}.")
     if isinstance(dataset, IterableDataset):
@@ -103,6 +108,13 @@ def take(dataset: Dataset | IterableDataset, number: int | None, seed: int) -> D
     if number is None or number >= len(dataset):
         return dataset
     return dataset.select(np.sort(np.random.default_rng(seed).choice(len(dataset), size=number, replace=False)))
+
+
+def _total(dataset: Dataset | IterableDataset, taken: Dataset, number: int | None) -> int | None:
+    """Rows of a dataset of which some were taken. `None` if it streams and goes on."""
+    if isinstance(dataset, IterableDataset):
+        return len(taken) if len(taken) < number else None
+    return len(dataset)
 
 
 def advise(
@@ -152,12 +164,12 @@ def advise(
         large_budget (`bool`, *optional*, defaults to `False`):
             Whether there are a large budget and experience with reinforcement learning.
         max_examples (`int`, *optional*):
-            Rows of each split that are looked at.
+            Rows of each split that are looked at. What is told of all rows is then an estimate.
         near_duplicates (`float`, *optional*):
             Similarity from which on two prompts are nearly equal, from 0.1 to 1. By default 0.8, where that takes
             seconds.
         reference_prompts (`int`, *optional*, defaults to `64`):
-            Prompts that the reference is asked with. 0 for not loading it.
+            Prompts that the reference is asked with, at least 8. 0 for not loading it.
         batch_size (`int`, *optional*, defaults to `8`):
             Responses that go through the reference at once.
         seed (`int`, *optional*, defaults to `0`):
@@ -180,38 +192,60 @@ def advise(
         raise UsageError(f"`reference_prompts` must be at least 0, which is none, got {reference_prompts}.")
     with _usage():
         asked = None if method is None else method_name(method)
-        if asked is not None and options:
-            make_plan(asked, options)  # before anything takes its time
+        check_options(asked, options)  # before anything takes its time
         launch = read_launch(accelerate_config, num_processes)
         device = None if model is None and gpu is None else _find_gpu(gpu, launch)
-        facts = None if model is None else _read_model(model, options)
-        reference = facts if ref_model is None else _read_model(ref_model, {})
+        facts = None if model is None else _read_models(model, ref_model, options, reference_prompts)
         datasets = (
             take(dataset, max_examples, seed),
             None if eval_dataset is None else take(eval_dataset, max_examples, seed),
         )
+    total = _total(dataset, datasets[0], max_examples)
+    sampled = total != len(datasets[0]) or (
+        eval_dataset is not None and _total(eval_dataset, datasets[1], max_examples) != len(datasets[1])
+    )
     strategy = options.get("eval_strategy", "no")
     evaluates = getattr(strategy, "value", strategy) != "no"
     shape, findings = find_shape(datasets[0])
-    told = {"rows": len(datasets[0]), "eval_rows": None if datasets[1] is None else len(datasets[1])}
-    training: dict[str, Any] = {"method": asked, "model": model, "ref_model": ref_model, "recommended": asked is None}
+    told = {
+        "rows": len(datasets[0]),
+        "total": total,
+        "eval_rows": None if datasets[1] is None else len(datasets[1]),
+        "usable": 0,
+    }
+    training: dict[str, Any] = {
+        "method": asked,
+        "model": model,
+        "ref_model": ref_model,
+        "recommended": asked is None,
+        "accelerate_config": launch.name,
+        "num_processes": launch.num_processes,
+        "gpu": device and device.name,
+    }
     if shape.kind is None:
-        return Advice(told | {"usable": 0}, shape, None, training, findings)
+        return Advice(told, shape, None, training, findings)
 
     rows, of_test = _read_splits(datasets, shape, findings)
-    usable = int(usable_rows(rows).sum())
-    told["usable"] = usable
-    findings += [*size_findings(rows, usable), *quality_findings(rows, asked), *list_findings(datasets[0], rows)]
-    findings += [*duplicate_findings(rows), *leakage_findings(rows, of_test, evaluates)]
-    findings += near_duplicate_findings(datasets, (rows, of_test), near_duplicates)
-    findings += [*noise_findings(datasets[0], rows), *length_findings(rows)]
+    told["usable"] = int(usable_rows(rows).sum())
+    usable = told["usable"] if total is None else round(told["usable"] / len(rows) * total)
+    # What the recommendation rests on
+    seen = noise_findings(datasets[0], rows)
     if shape.kind == "pairs":
-        findings += glued_findings(datasets[0], rows, seed)
-    if reference is not None:
-        findings += _check_reference(reference, model, datasets[0], rows, reference_prompts, batch_size, seed)
-    recommendation = recommend(rows, findings, usable, large_budget)
+        seen += glued_findings(datasets[0], rows, seed)
+    if facts is not None:
+        seen += _check_reference(facts, datasets[0], rows, reference_prompts, batch_size, seed)
+    recommendation = recommend(rows, seen, None if total is None else usable, large_budget, sampled)
+    chosen = asked or (recommendation and recommendation.method)
 
-    if asked is not None and asked in shape.impossible:
+    findings += [*size_findings(rows, usable, total), *quality_findings(rows, chosen)]
+    findings += [*list_findings(datasets[0], rows), *prompt_findings(datasets[0], rows)]
+    if not shape.images:
+        findings += duplicate_findings(rows, sampled)
+        findings += near_duplicate_findings(datasets, (rows, of_test), near_duplicates)
+    if not shape.images or of_test is None:
+        findings += leakage_findings(rows, of_test, evaluates, sampled)
+    findings += [*seen, *length_findings(rows), *_not_looked_at(shape, chosen)]
+    if asked in shape.impossible:
         findings.append(
             Finding(
                 "method_not_possible",
@@ -222,28 +256,13 @@ def advise(
                 {"method": asked, "possible": shape.possible},
             )
         )
-    chosen = asked or (recommendation.method if recommendation is not None else None)
-    if chosen == "rlhf":
-        chosen = None
-        findings.append(
-            Finding(
-                "options_not_checked",
-                "info",
-                "No options were checked",
-                "RLHF is two trainings, of a reward model and with it, which have options of their own.",
-                "Pass `--method` to hear of another one.",
-            )
-        )
-    training["method"] = chosen
-    gap = next((finding.data["gap"] for finding in findings if finding.code in ("off_policy", "on_policy")), None)
-    if chosen is not None and chosen not in shape.impossible:
-        findings += _training_findings(datasets[0], rows, chosen, options, launch, device, facts, usable, seed, gap)
+    elif chosen in CONFIGS:
+        training["method"] = chosen
+        gap = next((finding.data["gap"] for finding in seen if "gap" in finding.data), None)
+        plan, left_out = plan_of(chosen, options)
+        findings += left_out
+        findings += training_findings(datasets[0], rows, plan, launch, device, facts and facts[0], total, seed, gap)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    training |= {
-        "accelerate_config": launch.name,
-        "num_processes": launch.num_processes,
-        "gpu": device and device.name,
-    }
     return Advice(told, shape, recommendation, training, findings)
 
 
@@ -264,10 +283,47 @@ def _find_gpu(name: str | None, launch: Launch) -> "Gpu | None":
     return None if launch.cpu else local_gpu()
 
 
-def _read_model(name: str, options: dict[str, Any]) -> "ModelFacts":
-    from .models import read_model
+def _not_looked_at(shape: Shape, method: str | None) -> list[Finding]:
+    """What nothing is said of."""
+    findings = []
+    if shape.images:
+        findings.append(
+            Finding(
+                "images_not_read",
+                "info",
+                "Images were not looked at",
+                "Rows with the same text may have different images, so that copies, leakage between the splits, near-duplicates, and label noise by "
+                "repeated comparisons were not looked for, and memory and time are those of the text.",
+            )
+        )
+    if method == "rlhf":
+        findings.append(
+            Finding(
+                "options_not_checked",
+                "info",
+                "No training was checked",
+                "RLHF is two trainings, of a reward model and with it, which have options of their own: nothing is said of these, nor of tokens, "
+                "truncation, chat templates, memory and time.",
+                "Pass `--method` to hear of another one.",
+            )
+        )
+    return findings
 
-    return read_model(name, options.get("model_revision"), bool(options.get("trust_remote_code")))
+
+def _read_models(
+    model: str, ref_model: str | None, options: dict[str, Any], reference_prompts: int
+) -> "tuple[ModelFacts, ModelFacts | None]":
+    """The model, and the reference if that is another one. A revision is that of the model."""
+    from .models import read_model
+    from .reference import FEWEST
+
+    if 0 < reference_prompts < FEWEST:
+        raise UsageError(
+            f"`reference_prompts` must be 0, which is none, or at least {FEWEST}, got {reference_prompts}."
+        )
+    trust = bool(options.get("trust_remote_code"))
+    facts = read_model(model, options.get("model_revision"), trust)
+    return facts, None if ref_model in (None, model) else read_model(ref_model, None, trust)
 
 
 def _read_splits(
@@ -297,8 +353,7 @@ def _read_splits(
 
 
 def _check_reference(
-    reference: "ModelFacts",
-    model: str,
+    facts: "tuple[ModelFacts, ModelFacts | None]",
     dataset: Dataset,
     rows: Rows,
     number: int,
@@ -307,94 +362,27 @@ def _check_reference(
 ) -> list[Finding]:
     from .models import NoLanguageModel, empty_model, fits_here
     from .reference import not_checked, reference_findings
+    from .token_checks import can_tokenize
+    from .tokens import FOR_TEMPLATE
 
     if number == 0:
         return [not_checked("`reference_prompts=0`.")]
     if find_spec("scipy") is None:  # which `trl_spo.evaluation` needs
         return [not_checked('That needs the package `scipy`: `pip install "trl-spo[eval]"`.')]
-    tokenizer = reference.tokenizer
-    if rows.shape.conversational and not tokenizer.chat_template:
-        return [not_checked("Its tokenizer has no chat template.")]
-    if tokenizer.eos_token is None:
-        return [not_checked("Its tokenizer has no end-of-sequence token.")]
-    try:
-        reason = fits_here(empty_model(reference), reference)
-    except NoLanguageModel as error:
-        return [not_checked(str(error))]
-    if reason is not None:
-        return [not_checked(f"{reason} Where there is room, `--reference_prompts 64` measures it.")]
-    return reference_findings(reference.name, dataset, rows, number, model, None, batch_size, seed)
-
-
-def _training_findings(
-    dataset: Dataset,
-    rows: Rows,
-    method: str,
-    options: dict[str, Any],
-    launch: Launch,
-    gpu: "Gpu | None",
-    facts: "ModelFacts | None",
-    usable: int,
-    seed: int,
-    gap: float | None,
-) -> list[Finding]:
-    """What depends on the options, and on the tokenizer and the model if there is one."""
-    findings = []
-    if method in ("kto", "sspo_kto") and rows.shape.kind == "unpaired":
-        findings += balance_findings(
-            rows, *(options.get(name, 1.0) for name in ("desirable_weight", "undesirable_weight"))
-        )
-    if options:
-        with _usage():  # without a method, they were not looked at before
-            findings += option_findings(make_plan(method, options))
-    if facts is None:
-        return [
-            *findings,
-            Finding(
-                "tokens_not_counted",
-                "info",
-                "Tokens were not counted",
-                "Without a model, nothing can be said of truncation, chat templates, `beta`, memory and time. Responses have "
-                f"{rows.characters.mean():.0f} characters on average.",
-                "Pass `--model_name_or_path`.",
-                {"mean_characters": float(rows.characters.mean())},
-            ),
-        ]
-    plan = make_plan(method, options)
-    from .memory import measure_model
-    from .models import NoLanguageModel
-    from .ranges import literal_findings, precision_findings, range_findings
-    from .resources import resource_findings
-    from .token_checks import can_tokenize, check_tokens, tokenizer_findings
-
-    tokenizer = facts.tokenizer
-    findings += tokenizer_findings(tokenizer, rows, facts)
-    counts: TokenCounts | None = None
-    if can_tokenize(tokenizer, rows):
-        counts, found = check_tokens(tokenizer, dataset, rows, plan, facts, seed)
-        findings += found
-    try:
-        size = measure_model(facts, plan)
-    except ValueError as error:
-        # What PEFT refuses, the trainer refuses too
-        severity = "info" if isinstance(error, NoLanguageModel) else "error"
-        title = "Memory and time were not estimated" if severity == "info" else "There is no adapter for this model"
-        return [*findings, Finding("model_not_measured", severity, title, str(error))]
-    findings += [*precision_findings(plan, launch.deepspeed), *literal_findings(plan, gap)]
-    trained = None if counts is None else counts.kept > counts.starts
-    if trained is None or not trained.any():
-        return findings
-    findings += range_findings(plan, float((counts.kept - counts.starts)[trained].mean()), size.parameters)
-    of_row = 1 if plan.takes_apart else len(counts.kept) / len(counts.rows)
-    used = usable * (2 if plan.takes_apart and rows.shape.kind == "pairs" else 1)
-    findings += resource_findings(
-        size,
-        plan,
-        launch,
-        gpu,
-        used,
-        round(used * of_row),
-        float(counts.kept[trained].mean()),
-        int(counts.kept[trained].max()),
-    )
-    return findings
+    for name in ("image", "images", *FOR_TEMPLATE):
+        if name in dataset.column_names:
+            return [not_checked(f"It would be asked without what is in the column `{name}`.")]
+    for one in filter(None, facts):
+        if not can_tokenize(one.tokenizer, rows):
+            lacks = "chat template" if rows.shape.conversational else "end-of-sequence token"
+            return [not_checked(f"The tokenizer of '{one.name}' has no {lacks}.")]
+        try:
+            reason = fits_here(empty_model(one), one)
+        except NoLanguageModel as error:
+            return [not_checked(str(error))]
+        if reason is not None:
+            return [not_checked(f"{reason} Where there is room, `--reference_prompts 64` measures it.")]
+    model, reference = facts
+    if reference is None:
+        return reference_findings(model, dataset, rows, number, None, batch_size, seed)
+    return reference_findings(reference, dataset, rows, number, model, batch_size, seed)

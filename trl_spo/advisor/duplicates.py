@@ -15,17 +15,21 @@ from .rows import Rows, row_of, text_of
 # A share of the rows from which on it matters. Our rules of thumb
 _MANY_COPIES = 0.01
 _EVALUATION_IS_WORTHLESS = 0.1
-# Characters of prompts that are compared without being asked for it, in about five seconds; and in a minute
-_CHEAP, _PER_MINUTE = 2_000_000, 24_000_000
+# Prompts, and their characters, that are compared without being asked for it, in about five seconds; and characters in
+# a minute. Of prompts made from one template, each is compared with all before it
+_FEW_PROMPTS, _CHEAP, _PER_MINUTE = 3000, 2_000_000, 24_000_000
+_SAMPLED = " Looked at was a sample of the rows, in which most of them are not found: it is at least as many."
 
 
-def duplicate_findings(rows: Rows) -> list[Finding]:
+def duplicate_findings(rows: Rows, sampled: bool = False) -> list[Finding]:
     """
     Copies of rows, and prompts that are there several times.
 
     Args:
         rows ([`Rows`]):
             Rows of the train split.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether these are some of them only.
 
     Returns:
         `list[Finding]`
@@ -39,7 +43,8 @@ def duplicate_findings(rows: Rows) -> list[Finding]:
                 "duplicate_rows",
                 "warning" if share["rate"] >= _MANY_COPIES else "info",
                 "Copies of rows",
-                f"{copies} of {len(rows)} rows ({percent(share, exact=True)}) are copies of others, but for case and white space: they count twice.",
+                f"{copies} of {len(rows)} rows ({percent(share, exact=True)}) are copies of others, but for case and white space: they count twice."
+                + _SAMPLED * sampled,
                 "Remove them, unless they are votes of several annotators: then keep one row with the majority.",
                 {"count": copies, "share": share},
             )
@@ -59,7 +64,7 @@ def duplicate_findings(rows: Rows) -> list[Finding]:
     return findings
 
 
-def leakage_findings(train: Rows, test: Rows | None, evaluates: bool = False) -> list[Finding]:
+def leakage_findings(train: Rows, test: Rows | None, evaluates: bool = False, sampled: bool = False) -> list[Finding]:
     """
     What the two splits share, but for case and white space.
 
@@ -70,6 +75,8 @@ def leakage_findings(train: Rows, test: Rows | None, evaluates: bool = False) ->
             Rows of the split for evaluation.
         evaluates (`bool`, *optional*, defaults to `False`):
             Whether the training is to evaluate on it.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether these are some of the rows only.
 
     Returns:
         `list[Finding]`
@@ -102,7 +109,8 @@ def leakage_findings(train: Rows, test: Rows | None, evaluates: bool = False) ->
                 "error" if worthless else "warning",
                 "Rows of the evaluation are trained on",
                 f"{whole} of {len(test)} rows of the split for evaluation ({percent(share, exact=True)}) are in the train split, too"
-                + (": what is measured on them says nothing." if worthless else "."),
+                + (": what is measured on them says nothing." if worthless else ".")
+                + _SAMPLED * sampled,
                 "Remove them from one of the two.",
                 {"count": whole, "share": share},
             )
@@ -116,7 +124,8 @@ def leakage_findings(train: Rows, test: Rows | None, evaluates: bool = False) ->
                 "leaked_prompts",
                 "warning",
                 "Prompts of the evaluation are trained on",
-                f"{prompts} of {len(test)} rows of the split for evaluation ({percent(share, exact=True)}) have a prompt of the train split.",
+                f"{prompts} of {len(test)} rows of the split for evaluation ({percent(share, exact=True)}) have a prompt of the train split."
+                + _SAMPLED * sampled,
                 "Split by prompt.",
                 {"count": prompts, "share": share},
             )
@@ -147,7 +156,7 @@ def near_duplicate_findings(
             Their [`Rows`].
         threshold (`float`, *optional*):
             Similarity from which on they are. By default 0.8, if there are few enough prompts for that to take
-            seconds.
+            seconds, whatever they are.
 
     Returns:
         `list[Finding]`
@@ -157,11 +166,14 @@ def near_duplicate_findings(
     of_test = [] if test is None else np.flatnonzero(~np.isin(test.prompts, train.prompts))
     size = int(train.prompt_characters[first].sum())
     size += 0 if test is None else int(test.prompt_characters[of_test].sum())
-    reason = None
+    number, reason = len(first) + len(of_test), None
     if find_spec("datasketch") is None:
         reason = 'That needs the package `datasketch`: `pip install "trl-spo[synthetic]"`.'
-    elif threshold is None and size > _CHEAP:
-        reason = f"{size / 1e6:.0f} million characters of prompts take about {max(size / _PER_MINUTE, 1):.0f} min: pass `--near_duplicates 0.8`."
+    elif threshold is None and (size > _CHEAP or number > _FEW_PROMPTS):
+        reason = (
+            f"{number} prompts of {size / 1e6:.1f} million characters take about {max(size / _PER_MINUTE, 1):.0f} min, and longer if they are made from one "
+            "template: pass `--near_duplicates 0.8`."
+        )
     if reason is not None:
         return [
             Finding(

@@ -10,8 +10,10 @@ nothing to do with its prompt, u is exactly 1/2, whatever the dataset; of one th
 the rejected responses were glued, u_rejected = g / 2 + (1 - g) u, where the other responses of the dataset say what u
 is: g is estimated by 1 - (u_rejected - 1/2) / (u_chosen - 1/2), and likewise with chosen and rejected exchanged.
 
-What cannot be known: rejected responses that ignore the prompt of their own accord look the same, and where prompts
-and the responses to them have no words in common (a constant prompt, another language), nothing can be told.
+What cannot be known: responses that ignore the prompt of their own accord look the same, and where prompts and the
+responses to them have no words in common (a constant prompt, another language), nothing can be told. Refusals ignore
+their prompts, and are what is chosen in datasets about safety: responses that all make do with few words are called
+canned and not glued, and of chosen responses there is a warning at most.
 """
 
 import math
@@ -34,6 +36,8 @@ _INFORMATIVE = 0.1
 # Shares of glued pairs. Without any, up to 0.13 were seen, in pairs whose rejected responses miss the point on purpose
 # (LLMBar)
 _GLUED, _ALL_GLUED = 0.3, 0.8
+# Responses are canned whose distinct words are fewer than this share of those of the other responses
+_CANNED = 0.25
 # Responses that are used again, of more than this number of characters, are no "yes" or "I don't know"
 _LONG = 40
 _REUSED = 0.3
@@ -151,26 +155,44 @@ def glued_findings(dataset: Dataset, rows: Rows, seed: int = 0) -> list[Finding]
         "rejected": glued_share(worse, better, prompts),
         "chosen": glued_share(better, worse, prompts),
     }
+    vocabulary = {
+        name: len(set().union(*column)) for name, column in (("chosen", of_chosen), ("rejected", of_rejected))
+    }
     for which, other in (("rejected", "chosen"), ("chosen", "rejected")):
         share = data[which]
         if share is None or share["interval"][0] < _GLUED:
             continue
         low, high = share["interval"]
+        if vocabulary[which] < _CANNED * vocabulary[other]:
+            findings.append(_canned(which, other, vocabulary))
+            continue
         findings.append(
             Finding(
                 "glued_pairs",
-                "error" if low >= _ALL_GLUED else "warning",
+                "error" if low >= _ALL_GLUED and which == "rejected" else "warning",
                 "Pairs that look glued together from binary feedback",
                 f"By the words that they share with it, about {share['estimate']:.0%} ({low:.0%} to {min(high, 1):.0%}) of the {which} responses have "
                 f"nothing to do with the prompt of their pair: they have more in common with it than with another prompt in "
                 f"{data[f'relevance_{which}']:.0%} of the cases (50% is chance), the {other} ones in {data[f'relevance_{other}']:.0%}. "
                 f"{len(chosen)} rows were looked at. Such pairs teach what a prompt is about, and not which answer is better. Responses that ignore "
-                "their prompt by themselves look the same.",
-                "Take each response with its own prompt and label (`prompt`, `completion`, `label`), and train with KTO.",
-                data,
+                "their prompt by themselves, as refusals do, look the same.",
+                "Look at some. If they were glued, take each response with its own prompt and label (`prompt`, `completion`, `label`), and train with KTO.",
+                data | {"which": which},
             )
         )
     return findings
+
+
+def _canned(which: str, other: str, vocabulary: dict[str, int]) -> Finding:
+    return Finding(
+        "canned_responses",
+        "info",
+        f"Canned {which} responses",
+        f"The {which} responses have little to do with their prompts, and make do with {vocabulary[which]} different words, where the {other} ones "
+        f"have {vocabulary[other]}: refusals, for example. A model soon tells the two apart by them alone.",
+        "",
+        {"which": which, "words": vocabulary},
+    )
 
 
 def _other_prompts(rows: Rows) -> list[Finding]:
@@ -183,7 +205,7 @@ def _other_prompts(rows: Rows) -> list[Finding]:
             "different_prompts",
             "error" if share["rate"] >= _ALL_GLUED else "warning",
             "Chosen and rejected answer different prompts",
-            f"In {count} of {len(rows)} rows ({percent(share, exact=True)}), chosen and rejected begin with different prompts. They are not two "
+            f"In {count} of {len(rows)} rows ({percent(share, exact=True)}), chosen and rejected have different questions in them. They are not two "
             "answers to one question.",
             "Remove these rows. If the dataset was made from single ratings, keep it unpaired (`prompt`, `completion`, `label`), and train with KTO.",
             {"count": count, "share": share},

@@ -264,7 +264,7 @@ def layer_bytes(size: ModelSize, number: int, residual: int) -> float:
     return number * (8 * size.hidden + 2 * size.key_value + 4 * size.mlp) + extra * size.hidden
 
 
-def estimate_memory(size: ModelSize, plan: Plan, launch: Launch, tokens: int) -> Memory:
+def estimate_memory(size: ModelSize, plan: Plan, launch: Launch, tokens: int, responses: int = 2) -> Memory:
     """
     What a training takes on each device.
 
@@ -277,6 +277,8 @@ def estimate_memory(size: ModelSize, plan: Plan, launch: Launch, tokens: int) ->
             Its processes.
         tokens (`int`):
             Length of the longest sequence, to which the others of its batch are padded.
+        responses (`int`, *optional*, defaults to `2`):
+            Responses of a row: of the longest list.
 
     Returns:
         [`Memory`]
@@ -285,7 +287,7 @@ def estimate_memory(size: ModelSize, plan: Plan, launch: Launch, tokens: int) ->
     found, cpu = states(size, plan, launch, dtype)
     number = 2 if plan.mixed_precision or dtype == 2 else 4
     residual = 4 if number == 4 or (plan.mixed_precision and not launch.deepspeed and dtype == 4) else 2
-    batch, length = plan.sequences, tokens
+    batch, length = plan.sequences(responses), tokens
     samples = 0
     if plan.method == "soft_po" and plan.get("beta") > 0:  # which has a backward pass of its own
         length_of_sample = tokens + plan.get("max_completion_length")

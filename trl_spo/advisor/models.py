@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be said of a model without its weights."""
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -37,12 +38,15 @@ class ModelFacts:
             Tokens that stop its generation.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer.
+        kwargs (`dict[str, Any]`, *optional*):
+            Of `from_pretrained`, to load the weights that belong to it.
     """
 
     name: str
     config: PretrainedConfig
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def context(self) -> int | None:
@@ -79,20 +83,20 @@ def read_model(name: str, revision: str | None = None, trust_remote_code: bool =
     Raises:
         `ValueError`: there is no such model.
     """
-    kwargs: dict[str, Any] = {"revision": revision or "main"}
+    kwargs: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {name!r} cannot be read: {error}") from error
     try:
-        generation = GenerationConfig.from_pretrained(name, **kwargs)
+        generation = GenerationConfig.from_pretrained(name, revision=kwargs["revision"])
     except OSError:  # a model need not have one
         generation = None
     stop_ids = _ids(getattr(generation, "eos_token_id", None)) or _ids(
         getattr(config.get_text_config(), "eos_token_id", None)
     )
-    return ModelFacts(name, config, stop_ids, tokenizer)
+    return ModelFacts(name, config, stop_ids, tokenizer, kwargs)
 
 
 def empty_model(facts: ModelFacts, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -102,9 +106,10 @@ def empty_model(facts: ModelFacts, dtype: torch.dtype | None = None) -> PreTrain
     Raises:
         [`NoLanguageModel`]: transformers has no causal language model for the config.
     """
+    config = deepcopy(facts.config)  # into which the dtype is written
     try:
         with init_empty_weights(include_buffers=True):  # or each would be made in memory first
-            model = AutoModelForCausalLM.from_config(facts.config, dtype=dtype or torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
     except ValueError as error:
         raise NoLanguageModel(f"'{facts.name}' is no causal language model: {error}") from error
     model.tie_weights()

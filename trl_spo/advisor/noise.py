@@ -14,7 +14,8 @@ with e, independently of everything else. From what can be seen of repeated labe
 
 Both are solved for the e below 1/2. Annotators that copy each other, rows that are copies, or pairs that were made
 from a ranking, agree without being right: with them the estimate is too low, and where nothing at all disagrees there
-is none.
+is none. Images are not read: where there are some, what looks like a repeated comparison may be one of other images,
+and only votes are counted.
 """
 
 import math
@@ -33,9 +34,14 @@ from .rows import Rows
 # From this flip rate on, labels are called noisy. Our rule of thumb: DPO's loss weighs a wrong label of a confident
 # model most of all
 NOISY = 0.1
+_FEWEST = 30  # cases, below which a single wrong label would decide
 VOTES = ("votes", "annotations", "annotator_labels")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 _LARGEST_GROUP = 200  # responses to one prompt that are searched for cycles
+_REMEDIES = {
+    "pairs": "IPO, or Stable PO, rather than DPO, whose loss rewards ever larger margins on wrong labels, too.",
+    "unpaired": "Have the responses with both labels rated again, or keep the majority's label.",
+}
 
 
 def flip_rate(disagreement: float) -> float:
@@ -110,12 +116,10 @@ def intransitive_triples(rows: Rows) -> dict[str, Any]:
     table = table.sort_values("prompt")
     prompt_of, low, high, label = (table[name].to_numpy() for name in ("prompt", "low", "high", "label"))
     winners, losers = np.where(label, low, high), np.where(label, high, low)
-    starts = np.flatnonzero(np.append(True, prompt_of[1:] != prompt_of[:-1])) if len(prompt_of) else []
+    _, starts, sizes = np.unique(prompt_of, return_index=True, return_counts=True)
     triples = cycles = prompts = 0
     shares = 0.0
-    for start, stop in zip(starts, [*starts[1:], len(prompt_of)], strict=True):
-        if stop - start < 3:
-            continue
+    for start, stop in zip(starts[sizes >= 3], (starts + sizes)[sizes >= 3], strict=True):
         ends = np.concatenate([winners[start:stop], losers[start:stop]])
         responses, indices = np.unique(ends, return_inverse=True)
         n = len(responses)
@@ -156,9 +160,9 @@ def annotator_votes(column: Iterable[Any]) -> dict[str, Any] | None:
             largest value is taken for the number of annotators.
 
     Returns:
-        `dict[str, Any]`, *optional*: `annotators` (most of a row), `disagreement`: the probability that two votes for
-        the same pair differ, each row counting once; and `of_number`, whether the votes were such numbers. `None` if
-        the values are none of these.
+        `dict[str, Any]`, *optional*: `annotators` (most of a row), `sizes`: how many rows have how many votes,
+        `disagreement`: the probability that two votes for the same pair differ, each row counting once; and
+        `of_number`, whether the votes were such numbers. `None` if the values are none of these.
     """
     values = [value for value in column if value is not None]
     if values and all(isinstance(value, int) and not isinstance(value, bool) for value in values):
@@ -171,15 +175,22 @@ def annotator_votes(column: Iterable[Any]) -> dict[str, Any] | None:
         labels = [_labels_of(value) for value in values]
         if len({str(label) for of_row in labels for label in of_row}) > 2:  # ratings, or several kinds of labels
             return None
-        patterns = [tuple(Counter(map(str, of_row)).values()) for of_row in labels if len(of_row) > 1]
+        patterns = [tuple(Counter(map(str, of_row)).values()) for of_row in labels if of_row]
         annotators, of_number = max(map(sum, patterns), default=0), False
     else:
         return None
+    sizes = Counter(map(sum, patterns))
     shares = 0.0
     for pattern in patterns:
         n = sum(pattern)
-        shares += 1 - sum(k * (k - 1) for k in pattern) / (n * (n - 1))
-    return {"annotators": annotators, "disagreement": wilson(shares, len(patterns)), "of_number": of_number}
+        if n > 1:
+            shares += 1 - sum(k * (k - 1) for k in pattern) / (n * (n - 1))
+    return {
+        "annotators": annotators,
+        "sizes": dict(sizes),
+        "disagreement": wilson(shares, sizes.total() - sizes[1]),
+        "of_number": of_number,
+    }
 
 
 def majority_error(rate: float, annotators: int) -> float:
@@ -191,17 +202,28 @@ def majority_error(rate: float, annotators: int) -> float:
     return total
 
 
-def _by_votes(dataset: Dataset) -> dict[str, Any] | None:
+def _label_error(rate: float, sizes: dict[int, int]) -> float:
+    """Share of wrong labels, if rows have so many votes each."""
+    return sum(rows * majority_error(rate, number) for number, rows in sizes.items()) / sum(sizes.values())
+
+
+def _by_votes(dataset: Dataset, unknown: list[str]) -> dict[str, Any] | None:
     for name in VOTES:
         found = annotator_votes(dataset[name]) if name in dataset.column_names else None
         if found is None or found["disagreement"]["number"] == 0:
             continue
+        if found["disagreement"]["rate"] == 0:
+            unknown.append(f"by `{name}`, all annotators agree")
+            continue
+        if found["disagreement"]["interval"][0] > 0.5:  # than which the model has no more
+            unknown.append(f"the labels of `{name}` differ more often than votes for one of two responses can")
+            continue
         one = _estimate("votes", found["disagreement"])
-        n = found["annotators"]
-        one |= {"column": name, "annotators": n, "of_number": found["of_number"], "of_annotator": one["flip_rate"]}
-        # The label is that of their majority
-        one["interval"] = [majority_error(end, n) for end in one["interval"]]
-        one["flip_rate"] = majority_error(one["of_annotator"], n)
+        sizes = found["sizes"]
+        one |= {"column": name, **found, "of_annotator": one["flip_rate"]}
+        # The label is that of the majority
+        one["interval"] = [_label_error(end, sizes) for end in one["interval"]]
+        one["flip_rate"] = _label_error(one["of_annotator"], sizes)
         return one
     return None
 
@@ -217,15 +239,18 @@ def noise_findings(dataset: Dataset, rows: Rows) -> list[Finding]:
             Its rows.
 
     Returns:
-        `list[Finding]`: the first has the code `label_noise`, and in its data the `estimates`, the most direct one
-        first, or none.
+        `list[Finding]`: the first has the code `label_noise`, and in its data the `estimates`, of those that have
+        enough cases the most direct one first, its `flip_rate`, and whether labels are `noisy`: `None` if there are too
+        few cases to say, or none.
     """
     estimates, unknown = [], []
     if rows.shape.kind == "pairs":
-        votes = _by_votes(dataset)
+        votes = _by_votes(dataset, unknown)
         if votes is not None:
             estimates.append(votes)
-    if rows.shape.kind != "lists":
+    if rows.shape.images:
+        unknown.append("comparisons of the same texts may be of different images, and were not counted")
+    if rows.shape.kind != "lists" and not rows.shape.images:
         repeated = repeated_comparisons(rows)
         if repeated["conflicting"]:
             estimates.append({**_estimate("repeated", repeated["disagreement"]), **repeated})
@@ -233,7 +258,7 @@ def noise_findings(dataset: Dataset, rows: Rows) -> list[Finding]:
             unknown.append(
                 f"{repeated['groups']} comparisons are there several times, always with the same label, as copies would be"
             )
-    if rows.shape.kind == "pairs":
+    if rows.shape.kind == "pairs" and not rows.shape.images:
         triples = intransitive_triples(rows)
         if triples["cycles"]:
             # A cycle has probability e (1 - e), half of that with which two labels differ
@@ -247,7 +272,8 @@ def noise_findings(dataset: Dataset, rows: Rows) -> list[Finding]:
             unknown.append(
                 f"none of {triples['triples']} triples of responses is a cycle, as pairs made from a ranking would be"
             )
-    return [_noise_finding(estimates, unknown), *_score_findings(dataset)]
+    estimates.sort(key=lambda one: one["disagreement"]["number"] < _FEWEST)
+    return [_noise_finding(estimates, unknown, rows.shape.kind), *_score_findings(dataset)]
 
 
 def _in_words(estimate: dict[str, Any]) -> str:
@@ -267,7 +293,14 @@ def _in_words(estimate: dict[str, Any]) -> str:
     return f"{text} by {estimate['triples']} triples of responses to {estimate['prompts']} prompts, of which {estimate['cycles']} are cycles"
 
 
-def _noise_finding(estimates: list[dict[str, Any]], unknown: list[str]) -> Finding:
+def _is_noisy(estimate: dict[str, Any]) -> bool | None:
+    low, high = estimate["interval"]
+    if estimate["disagreement"]["number"] < _FEWEST or low < NOISY <= high:
+        return None
+    return low >= NOISY
+
+
+def _noise_finding(estimates: list[dict[str, Any]], unknown: list[str], kind: str) -> Finding:
     because = f" ({'; '.join(unknown)})" if unknown else ""
     if not estimates:
         return Finding(
@@ -277,20 +310,18 @@ def _noise_finding(estimates: list[dict[str, Any]], unknown: list[str]) -> Findi
             "Nothing in the dataset says how often its labels are wrong: no votes of several annotators, no comparison with different labels, no "
             f"cycle{because}.",
             "Let two people label a hundred of the pairs again: of two labels, a share of 2e(1-e) differs if each is wrong with probability e.",
-            {"estimates": [], "flip_rate": None},
+            {"estimates": [], "flip_rate": None, "noisy": None},
         )
-    rate = estimates[0]["flip_rate"]
-    noisy = rate >= NOISY
+    noisy = _is_noisy(estimates[0])
+    doubt = "" if noisy is not None else f" Whether that is above {NOISY:.0%} cannot be told by so few cases."
     return Finding(
         "label_noise",
         "warning" if noisy else "info",
         "Labels are noisy" if noisy else "Label noise",
         f"Estimated share of wrong labels: {'; '.join(_in_words(estimate) for estimate in estimates)}{because}. This takes labels as independent; "
-        "annotators who make the same mistakes, and copies, make it too low.",
-        "IPO, or Stable PO, rather than DPO, whose loss rewards ever larger margins on wrong labels, too."
-        if noisy
-        else "",
-        {"estimates": estimates, "flip_rate": rate},
+        f"annotators who make the same mistakes, and copies, make it too low.{doubt}",
+        _REMEDIES[kind] if noisy else "",
+        {"estimates": estimates, "flip_rate": estimates[0]["flip_rate"], "noisy": noisy},
     )
 
 

@@ -238,10 +238,9 @@ class Plan:
         """Whether each response is a row of its own."""
         return self.method in ("kto", "sspo_kto")
 
-    @property
-    def sequences(self) -> int:
-        """Sequences that a process puts through the model at once."""
-        return self.get("per_device_train_batch_size") * (1 if self.takes_apart else 2)
+    def sequences(self, responses: int) -> int:
+        """Sequences that a process puts through the model at once, of rows with so many responses."""
+        return self.get("per_device_train_batch_size") * (1 if self.takes_apart else responses)
 
 
 def make_plan(method: str, options: dict[str, Any] | None = None) -> Plan:
@@ -279,6 +278,19 @@ def make_plan(method: str, options: dict[str, Any] | None = None) -> Plan:
             )
     given = frozenset(name for name, value in options.items() if value != defaults[name])
     return Plan(method, defaults | options, given)
+
+
+def fitting_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of some options that a method has."""
+
+    def fits(name: str) -> bool:
+        try:
+            make_plan(method, {name: options[name]})
+        except ValueError:
+            return False
+        return True
+
+    return {name: value for name, value in options.items() if fits(name)}
 
 
 def option_findings(plan: Plan) -> list[Finding]:

@@ -7,14 +7,17 @@ from datasets import Dataset
 
 from ..preference_checks import check_preferences
 from .findings import Finding, percent, wilson
-from .rows import Rows
+from .rows import Rows, as_text
 
 
 TOO_FEW, FEW = 500, 5000
 # A share of rows from which on something is how the dataset was made, and no accident. Our rule of thumb
 _HABIT = 0.5
 # Methods of TRL that train on an empty response, of which the end-of-sequence token is left
-_TAKES_EMPTY = ("dpo", "ipo", "kto")
+_TAKES_EMPTY = ("dpo", "ipo", "kto", "rlhf")
+# What else a column with prompts is called, and rows that are looked at
+_PROMPTS = ("question", "instruction", "input", "query", "user")
+_LOOKED_AT = 100
 
 
 def _share(count: int, rows: Rows) -> tuple[dict, str]:
@@ -45,38 +48,48 @@ def identical_rows(rows: Rows, exact: bool) -> np.ndarray:
 def usable_rows(rows: Rows) -> np.ndarray:
     """Which rows a model can learn from: nothing missing or empty, not all responses the same, and no copy of an earlier row."""
     _, first = np.unique(rows.keys, return_index=True)
-    copies = np.ones(len(rows), dtype=bool)
+    copies = np.full(len(rows), not rows.shape.images)  # which may be what differs
     copies[first] = False
     return ~(rows.flags["missing"] | rows_with(rows, rows.empty) | identical_rows(rows, exact=False) | copies)
 
 
-def size_findings(rows: Rows, usable: int) -> list[Finding]:
+def size_findings(rows: Rows, usable: int, total: int | None) -> list[Finding]:
     """
     Whether there are enough examples. The marks are those of the guide: fewer than 500 are too few, 5,000 the usual
     floor for reliable results.
 
     Args:
         rows ([`Rows`]):
-            Rows of the train split.
+            Rows of the train split that were looked at.
         usable (`int`):
-            How many of them a model can learn from.
+            How many of the train split a model can learn from.
+        total (`int`, *optional*):
+            Rows of the train split. `None` if it streams: then nobody knows.
 
     Returns:
         `list[Finding]`
     """
     if usable >= FEW:
         return []
-    of_all = "" if usable == len(rows) else f" ({len(rows)} rows, without those that teach nothing and without copies)"
-    data = {"usable": usable, "rows": len(rows)}
+    data = {"usable": usable, "rows": total, "looked_at": len(rows)}
+    if total is None:
+        detail = (
+            f"The dataset streams. {usable} of the first {len(rows)} rows are usable; how many there are is not known."
+        )
+        remedy = f"Fewer than {TOO_FEW} are too few, {FEW} the usual floor for reliable results: look at so many (`--max_examples {FEW}`)."
+        return [Finding("size_unknown", "info", "The number of examples is not known", detail, remedy, data)]
+    of_all = "" if usable == total else f" ({total} rows, without those that teach nothing and without copies)"
+    about = "About " if len(rows) < total else ""
+    detail = f"{about}{usable} usable examples{of_all}."
     if usable < TOO_FEW:
         remedy = "Collect more, or make some with `trl-spo synthesize`. Supervised fine-tuning can do with fewer."
         title = f"Fewer than {TOO_FEW} examples"
-        detail = f"{usable} usable examples{of_all}. That is too few to align a model with."
+        detail += " That is too few to align a model with."
         return [Finding("too_few_examples", "error", title, detail, remedy, data)]
     remedy = (
         "Train with several seeds and look at how far they agree, and evaluate on several hundred held-out prompts."
     )
-    detail = f"{usable} usable examples{of_all}. {FEW} are the usual floor for reliable results."
+    detail += f" {FEW} are the usual floor for reliable results."
     return [Finding("few_examples", "warning", f"Fewer than {FEW} examples", detail, remedy, data)]
 
 
@@ -88,7 +101,7 @@ def quality_findings(rows: Rows, method: str | None = None) -> list[Finding]:
         rows ([`Rows`]):
             Rows of the train split.
         method (`str`, *optional*):
-            The method that is asked for.
+            The method that is checked.
 
     Returns:
         `list[Finding]`
@@ -113,7 +126,8 @@ def quality_findings(rows: Rows, method: str | None = None) -> list[Finding]:
         )
     empty = _count(rows_with(rows, rows.empty) & ~rows.flags["missing"])
     if empty:
-        lenient = method in _TAKES_EMPTY
+        unsplit = bool(rows.flags["no_split"].any())
+        lenient = method in _TAKES_EMPTY and not unsplit
         add(
             "empty_responses",
             "warning" if lenient else "error",
@@ -123,6 +137,8 @@ def quality_findings(rows: Rows, method: str | None = None) -> list[Finding]:
             + (
                 "it is trained on as an end-of-sequence token alone."
                 if lenient
+                else "without a column `prompt`, the trainers stop where they look for what chosen and rejected have in common."
+                if unsplit
                 else "SoftPOTrainer, StablePOTrainer and the SSPO trainers refuse them, TRL's trainers train on the end-of-sequence token alone."
             ),
             "Remove the rows.",
@@ -173,6 +189,59 @@ def list_findings(dataset: Dataset, rows: Rows) -> list[Finding]:
     except ValueError as error:
         return [Finding("rows_refused", "error", "Lists that are refused", str(error), "")]
     return []
+
+
+def prompt_findings(dataset: Dataset, rows: Rows) -> list[Finding]:
+    """
+    Whether pairs without a column `prompt` have prompts in them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The train split, whose other columns may have them.
+        rows ([`Rows`]):
+            Its rows.
+
+    Returns:
+        `list[Finding]`
+    """
+    if not rows.shape.implicit_prompt:
+        return []
+    names = [name for name in _PROMPTS if name in dataset.column_names]
+    first = dataset.select_columns([*names, "chosen"])[:_LOOKED_AT]
+    for name in names:
+        # Of several words: no names of users
+        texts = [
+            (value.strip(), as_text(chosen))
+            for value, chosen in zip(first[name], first["chosen"], strict=True)
+            if isinstance(value, str) and " " in value.strip()
+        ]
+        if sum(value not in chosen for value, chosen in texts) > _HABIT * len(first["chosen"]):
+            return [
+                Finding(
+                    "prompt_column",
+                    "error",
+                    "The prompts are not trained on",
+                    "There is no column `prompt`, and the trainers take what chosen and rejected have in common for it. The prompts seem to be "
+                    f"in the column `{name}`, and are not in chosen: the model would be trained on answers without their questions.",
+                    f'`dataset.rename_column("{name}", "prompt")`, both as text or both as messages.',
+                    {"column": name},
+                )
+            ]
+    count = _count(rows.flags["no_prompt"])
+    if count == 0:
+        return []
+    share, text = _share(count, rows)
+    return [
+        Finding(
+            "no_prompt",
+            "warning",
+            "Pairs without a prompt",
+            f"There is no column `prompt`, and the trainers take what chosen and rejected have in common for it. In {text} that is nothing: the model "
+            "is trained on answers without a question.",
+            "Add a column `prompt`, or remove these rows.",
+            {"count": count, "share": share},
+        )
+    ]
 
 
 def _identical_findings(rows: Rows) -> list[Finding]:

@@ -90,7 +90,7 @@ def _out_of_range(
     ]
 
 
-def _check_beta(plan: Plan, tokens: float) -> list[Finding]:
+def _check_beta(plan: Plan, tokens: float | None) -> list[Finding]:
     beta = plan.get("beta")
     if beta == 0:
         return [
@@ -112,7 +112,7 @@ def _check_beta(plan: Plan, tokens: float) -> list[Finding]:
     if any(loss in _MEANS for loss in losses):
         what = f"the loss pulls until the log-ratios differ by {_SATURATION / beta:.3g} nats per token."
         return _out_of_range("beta_range", plan, "beta", mean_range(), what, data)
-    if losses and not any(loss in _SUMS for loss in losses):
+    if tokens is None or (losses and not any(loss in _SUMS for loss in losses)):
         return []
     what = (
         f"the loss pulls until the log-ratios differ by {_SATURATION / beta:.3g} nats, {_SATURATION / beta / tokens:.2g} for each of the {tokens:.0f} "
@@ -121,12 +121,12 @@ def _check_beta(plan: Plan, tokens: float) -> list[Finding]:
     return _out_of_range("beta_range", plan, "beta", sum_range(tokens), what, data)
 
 
-def _check_soft_po(plan: Plan, tokens: float) -> list[Finding]:
+def _check_soft_po(plan: Plan, tokens: float | None) -> list[Finding]:
     alpha, findings = plan.get("alpha"), []
     if plan.get("logp_reduction") == "mean":
         what = f"the loss pulls until the means per token differ by {_SATURATION / alpha:.3g} nats."
         findings += _out_of_range("alpha_range", plan, "alpha", mean_range(), what, {"tokens": tokens})
-    else:
+    elif tokens is not None:
         what = (
             f"the loss pulls until log-probabilities differ by {_SATURATION / alpha:.3g} nats, {_SATURATION / alpha / tokens:.2g} for each of the "
             f"{tokens:.0f} tokens that it is a sum over."
@@ -146,26 +146,23 @@ def _check_soft_po(plan: Plan, tokens: float) -> list[Finding]:
     return findings
 
 
-def range_findings(plan: Plan, response_tokens: float, parameters: int | None = None) -> list[Finding]:
+def range_findings(plan: Plan, response_tokens: float | None, parameters: int | None = None) -> list[Finding]:
     """
     Which options are out of the range that can be expected to work.
 
     Args:
         plan ([`Plan`]):
             The training.
-        response_tokens (`float`):
-            Mean number of tokens of a response, once it is cut.
+        response_tokens (`float`, *optional*):
+            Mean number of tokens of a response, once it is cut. Without, nothing is said of what depends on it.
         parameters (`int`, *optional*):
             Of the model.
 
     Returns:
         `list[Finding]`
     """
-    if plan.method == "soft_po":
-        findings = _check_soft_po(plan, 2 * response_tokens)
-    else:
-        of_pair = 1 if plan.takes_apart else 2
-        findings = _check_beta(plan, of_pair * response_tokens)
+    tokens = None if response_tokens is None else (1 if plan.takes_apart else 2) * response_tokens
+    findings = _check_soft_po(plan, tokens) if plan.method == "soft_po" else _check_beta(plan, tokens)
     return findings + _check_learning_rate(plan, parameters)
 
 

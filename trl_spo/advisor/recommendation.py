@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from .findings import Finding
-from .noise import NOISY
 from .quality import FEW
 from .rows import Rows
 from .shape import TITLES
@@ -57,7 +56,9 @@ def whole_lists(rows: Rows) -> tuple[int, int]:
     return int(((number >= 3) & (compared == number * (number - 1) // 2)).sum()), len(prompts)
 
 
-def recommend(rows: Rows, findings: list[Finding], usable: int, large_budget: bool = False) -> Recommendation | None:
+def recommend(
+    rows: Rows, findings: list[Finding], usable: int | None, large_budget: bool = False, sampled: bool = False
+) -> Recommendation | None:
     """
     Says which method fits best.
 
@@ -66,10 +67,12 @@ def recommend(rows: Rows, findings: list[Finding], usable: int, large_budget: bo
             Rows of the train split.
         findings (`list[Finding]`):
             What was found.
-        usable (`int`):
-            Rows that a model can learn from.
+        usable (`int`, *optional*):
+            Rows of the train split that a model can learn from, if that is known.
         large_budget (`bool`, *optional*, defaults to `False`):
             Whether there are a large budget and experience with reinforcement learning, which no dataset tells.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether these are some of the rows only, so that `usable` is an estimate.
 
     Returns:
         [`Recommendation`], *optional*: `None` if no method can be trained on the dataset.
@@ -98,15 +101,18 @@ def recommend(rows: Rows, findings: list[Finding], usable: int, large_budget: bo
         return Recommendation("soft_po", reasons, [])
     else:
         method, reasons = _for_pairs(rows, by_code, others)
-    if large_budget and "rlhf" in possible and usable >= FEW:
-        others.insert(0, (method, " ".join(reasons)))
-        method = "rlhf"
-        reasons = [
-            f"A large budget, experience with RL, and {usable} usable pairs for a reward model, which goes on to judge responses that no dataset has."
-        ]
-    elif "rlhf" in possible:
-        few = f" The reward model would have {usable} usable pairs, fewer than {FEW}." if usable < FEW else ""
-        others.append(("rlhf", f"With a large budget and experience with RL (`--large_budget`).{few}"))
+    if "rlhf" in possible and method != "kto":  # of glued pairs, a reward model learns as little
+        number = "" if usable is None else f"{'about ' if sampled else ''}{usable} "
+        few = usable is not None and usable < FEW
+        if large_budget and not few:
+            others.insert(0, (method, " ".join(reasons)))
+            method = "rlhf"
+            reasons = [
+                f"A large budget, experience with RL, and {number}usable pairs for a reward model, which goes on to judge responses that no dataset has."
+            ]
+        else:
+            doubt = f" The reward model would have {number}usable pairs, fewer than {FEW}." if few else ""
+            others.append(("rlhf", f"With a large budget and experience with RL (`--large_budget`).{doubt}"))
     if method not in possible:
         others = [(name, reason) for name, reason in others if name in possible]
         if not others:
@@ -125,15 +131,16 @@ def recommend(rows: Rows, findings: list[Finding], usable: int, large_budget: bo
 
 
 def _for_pairs(rows: Rows, by_code: dict[str, Finding], others: list[tuple[str, str]]) -> tuple[str, list[str]]:
-    glued = by_code.get("glued_pairs") or by_code.get("different_prompts")
-    if glued is not None and (glued.severity == "error" or "glued_pairs" in by_code):
+    glued, different = by_code.get("glued_pairs"), by_code.get("different_prompts")
+    # Chosen responses may well be refusals
+    if (glued and glued.data["which"] == "rejected") or (different and different.severity == "error"):
         others.append(("dpo", "If the pairs are two answers to one prompt after all."))
         return "kto", [
             "The pairs look glued together from binary feedback (see below). KTO takes them apart again; better still, give it the responses as they were rated."
         ]
     estimate = by_code["label_noise"].data
-    rate = estimate["flip_rate"]
-    if rate is not None and rate >= NOISY:
+    rate, noisy = estimate["flip_rate"], estimate["noisy"]
+    if noisy:
         method = "ipo"
         reasons = [
             f"About {rate:.0%} of the labels are wrong, by the estimate below. IPO's loss ends at a margin, while DPO's goes on rewarding larger ones, on wrong labels, too."
@@ -142,9 +149,10 @@ def _for_pairs(rows: Rows, by_code: dict[str, Finding], others: list[tuple[str, 
         others.append(("dpo", 'With `loss_type="robust"` and `label_smoothing` at the rate of wrong labels.'))
     else:
         method = "dpo"
+        tells = "nothing tells" if rate is None else "too little tells"
         known = (
-            "Pairs, and nothing tells how noisy the labels are: if people disagree on them, take IPO or Stable PO."
-            if rate is None
+            f"Pairs, and {tells} how noisy the labels are: if people disagree on them, take IPO or Stable PO."
+            if noisy is None
             else f"Pairs with clean labels (about {rate:.1%} wrong, by the estimate below)."
         )
         reasons = [known, "DPO is the simplest and the cheapest, and what others are compared with."]

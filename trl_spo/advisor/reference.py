@@ -11,8 +11,9 @@ another model to compare with. What would bias it (the end-of-sequence token tha
 were cut; texts that are tokenized anew) is in the model's own samples, too: some are drawn for the same prompts and
 cut to as many words, and the difference of the two is judged by its standard error.
 
-Responses that were drawn at a lower temperature have an excess below 0, and are not flagged. That a reference explains
-the responses is no proof that they are its own: a near relative does as well.
+Responses that were drawn at a lower temperature have an excess below 0, and so have those of a model that is surer of
+itself: which of the two it is cannot be told. That a reference explains the responses is no proof that they are its
+own: a near relative does as well.
 """
 
 import math
@@ -26,15 +27,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .findings import Finding
+from .models import ModelFacts
 from .rows import Rows, as_text, row_of
 
 
@@ -43,7 +40,7 @@ from .rows import Rows, as_text, row_of
 EXCESS = 0.1
 _STANDARD_ERRORS = 3.0
 _LONGEST_SAMPLE = 256
-_FEWEST = 8  # prompts, below which a standard error says nothing
+FEWEST = 8  # prompts, below which a standard error says nothing
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,33 @@ def excess_of(scores: Sequence[Any], prompts: Sequence[int], number: int) -> Exc
     return Excess(float(surprise / tokens), float(entropy / tokens), float(sums[:, 0].sum() / tokens), sums)
 
 
-def _draw(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, rows: Rows, number: int, seed: int
-) -> tuple[list[tuple[Any, list[str], list[int]]], int]:
-    """Different prompts that leave room for a response, each with the responses of one row and their ranks; and how long samples may be."""
+def _tokens(facts: ModelFacts, prompt: Any, texts: list[str]) -> tuple[int, int] | None:
+    """
+    Tokens of a prompt, and of the longest response to it. `None` if the chat template cannot write one of them, or the
+    model has not all of their tokens: what is wrong with these is said elsewhere.
+    """
     from .._compat import _tokenize
 
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    try:
+        if isinstance(prompt, str):
+            start = _tokenize(facts.tokenizer, prompt)["input_ids"]
+            whole = [_tokenize(facts.tokenizer, prompt + text)["input_ids"] for text in texts]
+        else:
+            start = _tokenize(facts.tokenizer, prompt, add_generation_prompt=True)["input_ids"]
+            chats = ([*prompt, {"role": "assistant", "content": text}] for text in texts)
+            whole = [_tokenize(facts.tokenizer, chat)["input_ids"] for chat in chats]
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return None
+    largest = max((max(ids, default=0) for ids in (start, *whole)), default=0)
+    if not start or (facts.vocabulary is not None and largest >= facts.vocabulary):
+        return None
+    return len(start), max(len(facts.tokenizer(text, verbose=False)["input_ids"]) for text in texts)
+
+
+def _draw(
+    models: list[ModelFacts], dataset: Dataset, rows: Rows, number: int, seed: int
+) -> tuple[list[tuple[Any, list[str], list[int]]], int]:
+    """Different prompts that all models can read and that leave room for a response, each with the responses of one row and their ranks; and how long samples may be."""
     _, first = np.unique(rows.prompts, return_index=True)
     found, lengths = [], []
     for index in np.random.default_rng(seed).permutation(np.sort(first)):  # hashes differ from process to process
@@ -121,22 +138,22 @@ def _draw(
         # Scored are messages of the assistant that follow the prompt
         if not prompt or not all(texts) or any(not isinstance(one, str) and len(one) != 1 for one in responses):
             continue
-        chat = {} if isinstance(prompt, str) else {"add_generation_prompt": True}
-        used = len(_tokenize(tokenizer, prompt, **chat)["input_ids"])
-        longest = max(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
-        if used and (context is None or used + max(longest, _LONGEST_SAMPLE) < context):
-            found.append((prompt, texts, ranks))
-            lengths.append(longest)
+        counts = [_tokens(facts, prompt, texts) for facts in models]
+        if any(
+            count is None or (facts.context is not None and count[0] + max(count[1], _LONGEST_SAMPLE) >= facts.context)
+            for facts, count in zip(models, counts, strict=True)
+        ):
+            continue
+        found.append((prompt, texts, ranks))
+        lengths.append(counts[0][1])
     return found, min(max(lengths, default=1), _LONGEST_SAMPLE)
 
 
-def _load(name: str, model_kwargs: dict[str, Any] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(facts: ModelFacts) -> PreTrainedModel:
     from accelerate import PartialState
 
-    model = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **(model_kwargs or {})})
-    if not hasattr(model, "hf_device_map"):
-        model.to(PartialState().device)
-    return model, AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(facts.name, dtype="auto", **facts.kwargs)
+    return model if hasattr(model, "hf_device_map") else model.to(PartialState().device)
 
 
 def own_samples(
@@ -189,12 +206,11 @@ def difference(of_data: Excess, of_samples: Excess) -> tuple[float, float]:
 
 
 def reference_findings(
-    reference: str,
+    reference: ModelFacts,
     dataset: Dataset,
     rows: Rows,
     number: int,
-    model: str | None = None,
-    model_kwargs: dict[str, Any] | None = None,
+    model: ModelFacts | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[Finding]:
@@ -202,18 +218,16 @@ def reference_findings(
     Whether the responses look sampled from the reference.
 
     Args:
-        reference (`str`):
-            Path or name of the reference.
+        reference ([`ModelFacts`]):
+            The reference.
         dataset ([`~datasets.Dataset`]):
             The train split.
         rows ([`Rows`]):
             Its rows.
         number (`int`):
             Prompts that are looked at.
-        model (`str`, *optional*):
-            Path or name of the policy, if that is another model.
-        model_kwargs (`dict[str, Any]`, *optional*):
-            Of `from_pretrained`.
+        model ([`ModelFacts`], *optional*):
+            The policy, if that is another model.
         batch_size (`int`, *optional*, defaults to `8`):
             Of both forward passes and generation.
         seed (`int`, *optional*, defaults to `0`):
@@ -224,14 +238,14 @@ def reference_findings(
     """
     from ..evaluation import ResponseScorer
 
-    loaded, tokenizer = _load(reference, model_kwargs)
-    drawn, longest = _draw(loaded.config, tokenizer, dataset, rows, number, seed)
-    if len(drawn) < _FEWEST:
+    drawn, longest = _draw([reference, *([] if model is None else [model])], dataset, rows, number, seed)
+    if len(drawn) < FEWEST:
         return [
             not_checked(
-                f"Only {len(drawn)} rows have a prompt, short enough for the model, and single messages as responses."
+                f"Only {len(drawn)} rows have a prompt that the model can read and that is short enough for it, and single messages as responses."
             )
         ]
+    loaded, tokenizer = _load(reference), reference.tokenizer
     prompts = [prompt for prompt, _, _ in drawn]
     data = [
         (i, text, rank) for i, (_, texts, ranks) in enumerate(drawn) for text, rank in zip(texts, ranks, strict=True)
@@ -246,6 +260,8 @@ def reference_findings(
     )
     del scorer, loaded  # before the next one is loaded
     found = excess_of(scores, [i for i, _, _ in data], len(prompts))
+    if ((found.per_prompt[:, 1] > 0) & (samples.per_prompt[:, 1] > 0)).sum() < FEWEST:
+        return [not_checked("Nearly all of its own samples are empty, so that there is nothing to compare with.")]
     value, error = difference(found, samples)
     of_ranks = {
         name: excess_of(
@@ -260,7 +276,7 @@ def reference_findings(
     }
     gap = _gap(scores, data) if rows.shape.kind == "pairs" else None
     figures = {
-        "reference": reference,
+        "reference": reference.name,
         "gap": gap,
         "prompts": len(prompts),
         "responses": found.to_dict(),
@@ -269,27 +285,40 @@ def reference_findings(
         "standard_error": error,
         **{name: excess.to_dict() for name, excess in of_ranks.items()},
     }
-    away = value > max(EXCESS, _STANDARD_ERRORS * error)
+    beyond = abs(value) > max(EXCESS, _STANDARD_ERRORS * error)
     measured = (
-        f"Of {len(data)} responses to {len(prompts)} prompts, '{reference}' is surprised by {found.surprise:.2f} nats per token, where it expects "
+        f"Of {len(data)} responses to {len(prompts)} prompts, '{reference.name}' is surprised by {found.surprise:.2f} nats per token, where it expects "
         f"{found.entropy:.2f}; by its own samples {samples.surprise:.2f}, where it expects {samples.entropy:.2f}. The excess differs by {value:.3f} "
-        f"(standard error {error:.3f}; flagged above {EXCESS} and {_STANDARD_ERRORS:g} standard errors)."
+        f"(standard error {error:.3f}; flagged beyond {EXCESS} and {_STANDARD_ERRORS:g} standard errors)."
     )
-    findings = [
-        Finding(
-            "off_policy" if away else "on_policy",
-            "warning" if away else "info",
-            "The reference has not sampled the responses" if away else "The responses may well be the reference's own",
-            measured,
-            "Fine-tune it on the chosen responses first and take the result as model and reference, or sample responses of its own (`trl-spo synthesize`). With Soft "
-            'PO keep `calibration="reference"`.'
-            if away
-            else "",
-            figures,
-        )
-    ]
-    if model is not None and model != reference:
-        findings += _compare(reference, model, prompts, data, scores, model_kwargs, batch_size)
+    if not beyond:
+        title = "The responses may well be the reference's own"
+        findings = [Finding("on_policy", "info", title, measured, "", figures)]
+    elif value > 0:
+        findings = [
+            Finding(
+                "off_policy",
+                "warning",
+                "The reference has not sampled the responses",
+                measured,
+                "Fine-tune it on the chosen responses first and take the result as model and reference, or sample responses of its own (`trl-spo synthesize`). With "
+                'Soft PO keep `calibration="reference"`.',
+                figures,
+            )
+        ]
+    else:
+        findings = [
+            Finding(
+                "likelier_than_samples",
+                "info",
+                "The responses are likelier than the reference's own samples",
+                f"{measured} They were drawn at a lower temperature, or by another model that is surer of itself.",
+                "",
+                figures,
+            )
+        ]
+    if model is not None:
+        findings += _compare(reference, model, prompts, data, scores, batch_size)
     return findings
 
 
@@ -300,25 +329,26 @@ def _gap(scores: list[Any], data: list[tuple[int, str, int]]) -> float:
 
 
 def _compare(
-    reference: str, model: str, prompts: list, data: list, scores: list, model_kwargs: Any, batch_size: int
+    reference: ModelFacts, model: ModelFacts, prompts: list, data: list, scores: list, batch_size: int
 ) -> list[Finding]:
     """Which of two models finds the responses more probable."""
     from ..evaluation import ResponseScorer
 
-    others = ResponseScorer(model, model_kwargs, batch_size).score((prompts[i], text) for i, text, _ in data)
+    scorer = ResponseScorer(_load(model), None, batch_size, model.tokenizer)
+    others = scorer.score((prompts[i], text) for i, text, _ in data)
     sums = np.zeros((len(prompts), 2))
     for (i, _, _), ours, theirs in zip(data, scores, others, strict=True):
         sums[i] += (theirs.log_prob - ours.log_prob, ours.tokens)
     value, error = float(sums[:, 0].sum() / sums[:, 1].sum()), ratio_error(sums)
     nearer = value > max(EXCESS, _STANDARD_ERRORS * error)
     figures = {
-        "reference": reference,
-        "model": model,
+        "reference": reference.name,
+        "model": model.name,
         "difference": value,
         "standard_error": error,
         "prompts": len(prompts),
     }
-    detail = f"'{model}' gives the responses {abs(value):.3f} nats per token {'more' if value > 0 else 'less'} than '{reference}' (standard error {error:.3f})."
+    detail = f"'{model.name}' gives the responses {abs(value):.3f} nats per token {'more' if value > 0 else 'less'} than '{reference.name}' (standard error {error:.3f})."
     return [
         Finding(
             "reference_is_not_the_nearer" if nearer else "reference_and_model",

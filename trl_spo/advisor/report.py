@@ -18,7 +18,12 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 def _facts(advice: Advice) -> list[tuple[str, str]]:
     dataset, shape, training = advice.dataset, advice.shape, advice.training
-    rows = f"{dataset['rows']} rows, {dataset['usable']} of them usable"
+    rows = f"{dataset['rows']} rows"
+    if dataset["total"] is None:
+        rows = f"the first {rows} of a stream"
+    elif dataset["total"] != dataset["rows"]:
+        rows = f"{dataset['rows']} of {dataset['total']} rows"
+    rows += f", {dataset['usable']} of them usable"
     if dataset["eval_rows"] is not None:
         rows += f"; {dataset['eval_rows']} to evaluate on"
     facts = [("dataset", rows)]

@@ -32,12 +32,18 @@ def in_words(number: float) -> str:
     return f"{number / 1e9:.3g} billion" if number >= 1e8 else f"{number / 1e6:.3g} million"
 
 
-def optimizer_steps(plan: Plan, launch: Launch, rows: int) -> int:
-    """Steps of the optimizer in a training on so many rows."""
+def rows_of_step(plan: Plan, launch: Launch) -> int:
+    """Rows of a step of the optimizer."""
+    return plan.get("per_device_train_batch_size") * plan.get("gradient_accumulation_steps") * launch.num_processes
+
+
+def optimizer_steps(plan: Plan, launch: Launch, rows: int | None) -> int | None:
+    """Steps of the optimizer in a training on so many rows; `None` if their number decides, and is not known."""
     if plan.get("max_steps") > 0:
         return plan.get("max_steps")
-    of_step = plan.get("per_device_train_batch_size") * plan.get("gradient_accumulation_steps") * launch.num_processes
-    return max(ceil(rows / of_step * plan.get("num_train_epochs")), 1)
+    if rows is None:
+        return None
+    return max(ceil(rows / rows_of_step(plan, launch) * plan.get("num_train_epochs")), 1)
 
 
 def training_flops(size: ModelSize, plan: Plan, tokens: float) -> float:
@@ -62,7 +68,7 @@ def training_flops(size: ModelSize, plan: Plan, tokens: float) -> float:
 
 
 def estimate_time(
-    size: ModelSize, plan: Plan, launch: Launch, gpu: Gpu, rows: int, sequences: int, mean_tokens: float
+    size: ModelSize, plan: Plan, launch: Launch, gpu: Gpu, steps: int, sequences: float, mean_tokens: float
 ) -> dict[str, Any] | None:
     """
     How long a training takes.
@@ -76,10 +82,10 @@ def estimate_time(
             Its processes.
         gpu ([`Gpu`]):
             Each device.
-        rows (`int`):
-            Rows of the train split, as the trainer counts them.
-        sequences (`int`):
-            Sequences of all rows.
+        steps (`int`):
+            Steps of the optimizer.
+        sequences (`float`):
+            Sequences of a row, as the trainer counts rows.
         mean_tokens (`float`):
             Mean length of a sequence.
 
@@ -89,9 +95,7 @@ def estimate_time(
     """
     if gpu.flops is None:
         return None
-    steps = optimizer_steps(plan, launch, rows)
-    of_step = plan.get("per_device_train_batch_size") * plan.get("gradient_accumulation_steps") * launch.num_processes
-    tokens = steps * of_step * sequences / rows * mean_tokens
+    tokens = steps * rows_of_step(plan, launch) * sequences * mean_tokens
     flops, generation = training_flops(size, plan, tokens), 0.0
     if plan.method == "soft_po" and plan.get("beta") > 0:
         length = plan.get("max_completion_length")
@@ -104,12 +108,12 @@ def estimate_time(
     return {"steps": steps, "tokens": tokens, "hours": seconds / 3600, "generation": generation / 3600}
 
 
-def _which_fit(size: ModelSize, plan: Plan, launch: Launch, gpu: Gpu, tokens: int) -> list[str]:
+def _which_fit(size: ModelSize, plan: Plan, launch: Launch, gpu: Gpu, tokens: int, responses: int) -> list[str]:
     """What could be changed for it to fit."""
     fits = []
 
     def try_it(name: str, changed: Plan, how: Launch) -> None:
-        if estimate_memory(size, changed, how, tokens).total <= _FULL * gpu.memory * GIB:
+        if estimate_memory(size, changed, how, tokens, responses).total <= _FULL * gpu.memory * GIB:
             fits.append(name)
 
     batch = 2 if plan.takes_apart else 1  # KTO needs two
@@ -131,10 +135,11 @@ def resource_findings(
     plan: Plan,
     launch: Launch,
     gpu: Gpu | None,
-    rows: int,
-    sequences: int,
+    rows: int | None,
+    sequences: float,
     mean_tokens: float,
     longest: int,
+    responses: int = 2,
 ) -> list[Finding]:
     """
     Memory and time, both estimated.
@@ -148,17 +153,21 @@ def resource_findings(
             Its processes.
         gpu ([`Gpu`], *optional*):
             Each device.
-        rows, sequences (`int`):
-            Of the train split, as the trainer counts them.
+        rows (`int`, *optional*):
+            Of the train split, as the trainer counts them, if that is known.
+        sequences (`float`):
+            Sequences of a row.
         mean_tokens (`float`):
             Mean length of a sequence.
         longest (`int`):
             Length of the longest one.
+        responses (`int`, *optional*, defaults to `2`):
+            Responses of the row that has the most.
 
     Returns:
         `list[Finding]`
     """
-    memory = estimate_memory(size, plan, launch, longest)
+    memory = estimate_memory(size, plan, launch, longest, responses)
     of_states = sum(memory.states.values()) / GIB
     parts = ", ".join(
         f"{name} {value / GIB:.3g}" for name, value in (memory.states | memory.working).items() if value >= 0.005 * GIB
@@ -191,7 +200,7 @@ def resource_findings(
             )
             if sure:
                 detail += f" {of_states:.3g} GiB of it are weights, gradients, optimizer and reference, which is no estimate."
-            fits = _which_fit(size, plan, launch, gpu, longest)
+            fits = _which_fit(size, plan, launch, gpu, longest, responses)
             lora = (
                 ""
                 if plan.get("use_peft")
@@ -207,6 +216,8 @@ def resource_findings(
         remedy = "Name the GPU (`--gpu h100`) to hear whether it fits, and how long it takes."
     findings = [Finding("memory", severity, title, detail, remedy, data)]
     steps = optimizer_steps(plan, launch, rows)
+    if steps is None:
+        return findings
     if steps < _FEW_STEPS:
         findings.append(
             Finding(
@@ -218,7 +229,7 @@ def resource_findings(
                 {"steps": steps},
             )
         )
-    time = None if gpu is None else estimate_time(size, plan, launch, gpu, rows, sequences, mean_tokens)
+    time = None if gpu is None else estimate_time(size, plan, launch, gpu, steps, sequences, mean_tokens)
     if time is not None:
         hours = time["hours"]
         text = f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 1):.0f} min"

@@ -52,8 +52,9 @@ class Rows:
             Which have nothing in them, as the trainers see it, and which have white space only.
         flags (`dict[str, np.ndarray]` of shape `(N,)`):
             `missing`: a value is `None`. `together`: a prompt runs into a response without anything between.
-            `repeats_prompt`: a response begins with the prompt. `other_prompt`: chosen and rejected have no prompt in
-            common, or answer different last turns. `cut_word`: the prompt that chosen and rejected have in common ends
+            `repeats_prompt`: a response begins with the prompt. `no_split`: the prompt would be within chosen and
+            rejected, and one of them is empty. `no_prompt`: they have nothing in common. `other_prompt`: they have
+            different questions in them. `cut_word`: the prompt that chosen and rejected have in common ends
             within a word. `not_assistant`: a response does not end with a message of the assistant.
             `prompt_of_assistant`: the prompt does. `bad_label`: the label of an unpaired row is neither true nor
             false.
@@ -84,6 +85,8 @@ FLAGS = (
     "missing",
     "together",
     "repeats_prompt",
+    "no_prompt",
+    "no_split",
     "other_prompt",
     "cut_word",
     "not_assistant",
@@ -179,23 +182,23 @@ def _key(value: Any) -> int:
 
 
 def _flags_of(prompt: Any, responses: list[Any], shape: Shape) -> dict[str, bool]:
-    found = {"missing": (prompt is None and not shape.implicit_prompt) or any(one is None for one in responses)}
+    implicit = shape.implicit_prompt
+    found = {"missing": (prompt is None and not implicit) or any(one is None for one in responses)}
+    found["no_split"] = implicit and any(one is not None and len(one) == 0 for one in responses)
     responses = [one for one in responses if one]
+    split = implicit and len(responses) == 2
     if shape.conversational:
         found["not_assistant"] = any(one[-1].get("role") != "assistant" for one in responses)
         found["prompt_of_assistant"] = bool(prompt) and prompt[-1].get("role") == "assistant"
         found["repeats_prompt"] = bool(prompt) and any(one[: len(prompt)] == prompt for one in responses)
-        # Two conversations that part at what the user says
-        found["other_prompt"] = shape.implicit_prompt and (
-            not prompt or any(one[0].get("role") == "user" for one in responses)
-        )
-    elif prompt is not None or shape.implicit_prompt:
+        # Two conversations that part at what the user says, or before
+        found["other_prompt"] = split and any(one[0].get("role") in ("user", "system") for one in responses)
+        found["no_prompt"] = split and not prompt and not found["other_prompt"]
+    elif prompt is not None or implicit:
         prompt = prompt or ""
-        found["other_prompt"] = shape.implicit_prompt and not prompt.strip()
-        found["cut_word"] = shape.implicit_prompt and (
-            prompt[-1:].isalnum() and any(one[0].isalnum() for one in responses)
-        )
-        found["together"] = not shape.implicit_prompt and any(
+        found["no_prompt"] = split and not prompt.strip()
+        found["cut_word"] = split and prompt[-1:].isalnum() and any(one[0].isalnum() for one in responses)
+        found["together"] = not implicit and any(
             not (prompt[-1:] or " ").isspace() and not one[0].isspace() for one in responses
         )
         found["repeats_prompt"] = len(prompt) >= _LONG_ENOUGH and any(one.startswith(prompt) for one in responses)

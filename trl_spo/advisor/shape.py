@@ -64,6 +64,8 @@ class Shape:
             The columns that are trained on.
         impossible (`dict[str, str]`):
             The methods that cannot be trained on it, and why.
+        images (`bool`):
+            Whether there are images, which are not read here.
     """
 
     kind: str | None
@@ -71,6 +73,7 @@ class Shape:
     implicit_prompt: bool = False
     columns: list[str] = field(default_factory=list)
     impossible: dict[str, str] = field(default_factory=dict)
+    images: bool = False
 
     @property
     def possible(self) -> list[str]:
@@ -162,7 +165,8 @@ def find_shape(dataset: Dataset) -> tuple[Shape, list[Finding]]:
     elif not is_list:
         return Shape(None), [_unknown(dataset.column_names)]
     impossible |= _IMPOSSIBLE[kind]
-    if {"image", "images"} & names:
+    images = bool({"image", "images"} & names)
+    if images:
         impossible |= dict.fromkeys(("soft_po", "stable_po", "sspo", "sspo_kto"), _VISION)
 
     forms = {}
@@ -202,7 +206,6 @@ def find_shape(dataset: Dataset) -> tuple[Shape, list[Finding]]:
                 {"forms": forms},
             )
         )
-    if forms.get("prompt") == "messages" and forms[responses[0]] == "text":
-        return Shape(None), findings
-    shape = Shape(kind, forms[responses[0]] == "messages", implicit, columns, impossible)
-    return shape, findings
+        if not implicit or len({forms[column] for column in responses if column in forms}) > 1:
+            return Shape(None), findings
+    return Shape(kind, forms[responses[0]] == "messages", implicit, columns, impossible, images), findings

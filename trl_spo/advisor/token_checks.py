@@ -148,7 +148,7 @@ def check_tokens(
             "Check roles and their order in this row, or use another template.",
         )
         return None, [finding]
-    if len(counts.rows) == 0:
+    if len(counts.owners) == 0:
         return None, []
     findings = [_summary(counts, len(rows)), *_template_findings(counts, rows, tokenizer, plan)]
     findings += [*_truncation_findings(counts, plan, model), *_context_findings(counts, plan, model)]
@@ -226,7 +226,7 @@ def _template_findings(
             findings.append(
                 Finding(code, "warning", title, f"In {text} of the rows, sequences {detail}", remedy, {"share": share})
             )
-    missing, text = _of_rows(counts.ends == 0, counts)
+    missing, text = _of_rows(~counts.ends, counts)
     if missing["rate"] > 0:
         findings.append(
             Finding(

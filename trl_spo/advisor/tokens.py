@@ -19,7 +19,7 @@ BUDGET = 8_000_000
 _BATCH = 64
 _TAIL = 8  # tokens at the end of an answer among which is its end-of-sequence token, and maybe a line break
 # Columns that chat templates read besides the messages
-_FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 class TemplateFails(ValueError):
@@ -48,9 +48,11 @@ class TokenCounts:
             Tokens of its sequence, prompt and response together, before anything is cut.
         kept (`np.ndarray` of shape `(m,)`):
             Tokens of its sequence that are left by `max_length`.
+        answers (`np.ndarray` of shape `(m,)`):
+            Tokens of the response among them, 0 where its row is dropped.
         double_bos, double_eos, ends (`np.ndarray` of shape `(m,)`):
-            Whether its sequence begins with two BOS, ends with two EOS; `ends` is 2 if its last tokens have one that
-            stops the model's generation, 1 if they have the tokenizer's EOS but none of these, else 0.
+            Whether its sequence begins with two BOS, ends with two EOS, and has among its last tokens the tokenizer's
+            EOS or another one that stops the model's generation.
         alike (`np.ndarray` of shape `(n,)`):
             Whether the responses of a row are the same once they are cut, and were not before.
         largest (`int`):
@@ -66,9 +68,10 @@ class TokenCounts:
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
     double_bos: list[bool] = field(default_factory=list)
     double_eos: list[bool] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
     alike: list[bool] = field(default_factory=list)
     largest: int = 0
     lost: dict[str, int] = field(default_factory=dict)
@@ -90,7 +93,7 @@ def _encode(
     """Of each row its index, the ids of the prompt alone, and those of prompt and response together: as TRL's `_prepare_dataset` makes them."""
     from .._compat import _tokenize
 
-    columns = [*rows.shape.columns, *(name for name in _FOR_TEMPLATE if name in dataset.column_names)]
+    columns = [*rows.shape.columns, *(name for name in FOR_TEMPLATE if name in dataset.column_names)]
     chosen = dataset.select(indices).select_columns(columns)
     if rows.shape.conversational:
         for index, example in zip(indices, chosen, strict=True):
@@ -173,8 +176,8 @@ def count_tokens(
     indices, exact = draw_rows(rows, seed, budget)
     counts = TokenCounts(indices, exact)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    kept = slice(None) if max_length is None else slice(max_length)
-    if max_length is not None and truncation_mode == "keep_end":
+    kept, keep_end = slice(None) if max_length is None else slice(max_length), truncation_mode == "keep_end"
+    if max_length is not None and keep_end:
         kept = slice(-max_length, None)
     used, lost = [], {}
     for index, prompt, full in _encode(tokenizer, dataset, rows, indices):
@@ -185,11 +188,13 @@ def count_tokens(
             counts.owners.append(len(used))
             counts.starts.append(start)
             counts.lengths.append(len(ids))
-            counts.kept.append(len(ids[kept]))
+            left = len(ids[kept])
+            counts.kept.append(left)
+            counts.answers.append(min(len(ids) - start, left) if keep_end else max(left - start, 0))
             counts.double_bos.append(bos is not None and ids[:2] == [bos, bos])
             counts.double_eos.append(ids[-2:] == [eos, eos])
             tail = set(ids[-_TAIL:] if rows.shape.conversational else ids[-1:])
-            counts.ends.append(2 if tail & stop_ids else 1 if eos in tail else 0)
+            counts.ends.append(bool(tail & {eos, *stop_ids}))
             counts.largest = max(counts.largest, max(ids, default=0))
         whole, cut = {tuple(ids) for ids in full}, {tuple(ids[kept]) for ids in full}
         counts.alike.append(rows.shape.kind == "pairs" and len(whole) > 1 and len(cut) == 1)
@@ -200,6 +205,17 @@ def count_tokens(
             lost[text] = lost.get(text, 0) + 1
     counts.rows = np.array(used, dtype=np.int64)
     counts.lost = dict(sorted(lost.items(), key=lambda item: -item[1]))
-    for name in ("prompts", "owners", "starts", "lengths", "kept", "double_bos", "double_eos", "ends", "alike"):
+    for name in (
+        "prompts",
+        "owners",
+        "starts",
+        "lengths",
+        "kept",
+        "answers",
+        "double_bos",
+        "double_eos",
+        "ends",
+        "alike",
+    ):
         setattr(counts, name, np.array(getattr(counts, name)))
     return counts

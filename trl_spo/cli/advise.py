@@ -12,6 +12,7 @@ put `advise --method soft-po` in the place of `soft-po`.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl import TrlParser
+
+    from trl_spo.advisor import Finding
 
 
 # Options of the training that are read here whatever the method is, with the help that `--help` shows
@@ -63,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", help="GPU of each process, such as h100, or its memory, such as 48GB (default: this machine's)"
     )
     parser.add_argument("--large_budget", action="store_true", help="there are a large budget and experience with RL")
-    parser.add_argument("--max_examples", type=int, help="rows of each split that are looked at (default: all)")
+    parser.add_argument(
+        "--max_examples",
+        type=int,
+        help="rows of each split that are looked at, from which all are estimated (default: all)",
+    )
     parser.add_argument(
         "--near_duplicates",
         type=float,
@@ -73,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference_prompts",
         type=int,
         default=64,
-        help="prompts that the reference is asked with, 0 for none (default: 64)",
+        help="prompts that the reference is asked with, at least 8, or 0 for none (default: 64)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -178,7 +185,8 @@ def _refuse_unknown(
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def _load(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+    """The two splits, and the names of the others."""
     from types import SimpleNamespace
 
     from .training import load_dataset
@@ -190,7 +198,10 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         names = ("datasets", "streaming", "test_split_size")
         mixture = DatasetMixtureConfig(**{name: args.options[name] for name in names if name in args.options})
     names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
-    dataset = load_dataset(SimpleNamespace(**{name: getattr(args, name) for name in names}), mixture)
+    try:
+        dataset = load_dataset(SimpleNamespace(**{name: getattr(args, name) for name in names}), mixture)
+    except StopIteration as error:  # of `datasets`, for a file without a line
+        raise ValueError(f"`dataset_name` is {args.dataset_name!r}, which is empty.") from error
     train, test = args.dataset_train_split, args.dataset_test_split
     if train not in dataset:
         raise ValueError(
@@ -200,7 +211,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(
             f"`dataset_test_split` is {test!r}, but the dataset has only: {', '.join(dataset)}. Pass `--dataset_test_split` with one of them, or leave it out."
         )
-    return dataset[train], dataset[test] if test in dataset and test != train else None
+    others = [name for name in dataset if name not in (train, test)]
+    return dataset[train], dataset[test] if test in dataset and test != train else None, others
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     # Of a tokenizer that counts what is longer than the model's context, which is said in the findings
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     try:
-        dataset, eval_dataset = _load(args)
+        dataset, eval_dataset, others = _load(args)
     except (ValueError, FileNotFoundError, DatasetsError) as error:
         return _refuse(error)
     try:
@@ -236,11 +248,23 @@ def run(args: argparse.Namespace) -> int:
         )
     except UsageError as error:
         return _refuse(error)
+    if eval_dataset is None and others:
+        _name_splits(advice.findings, others)
     if args.json:
         print(json.dumps(advice.to_dict(), indent=2, ensure_ascii=False))
     else:
         print_advice(advice, Console(soft_wrap=False))
     return advice.exit_code(args.strict)
+
+
+def _name_splits(findings: list["Finding"], splits: list[str]) -> None:
+    """Says which splits could be evaluated on, where the one that was asked for is missing."""
+    for i, finding in enumerate(findings):
+        if finding.code == "no_eval_split":
+            remedy = (
+                f"The dataset has other splits: {', '.join(splits)}. Pass `--dataset_test_split` with one of them."
+            )
+            findings[i] = replace(finding, remedy=remedy, data={"splits": splits})
 
 
 def _refuse(error: Exception) -> int:
