@@ -38,7 +38,7 @@ def test_pairs(prepare):
     assert {"prompt": "p1", "completion": " c1", "label": True} in singles and len(singles) == 10
     assert {"prompt": "p1", "completion": " r1", "label": False} in singles
     assert rows(data, "prompts", "test")[0] == {"prompt": "p5", "level": 0}
-    assert len(data.pairs(2, seed=0)) == 2 and ("p6", " c1", " r1") in data.pairs(9, seed=0)
+    assert len(data.pairs(2, seed=0)) == 2 and ("p6", " c1", " r1", {}) in data.pairs(9, seed=0)
     assert sorted(data.prompts(9, seed=0)["prompt"]) == ["p5", "p6", "p7"]
     assert data.prompts(2, seed=0)["prompt"][:] == data.prompts(2, seed=0)["prompt"][:]
     assert (
@@ -101,7 +101,41 @@ def test_conversations_without_a_prompt_of_their_own(prepare):
     other = [{side: [{"role": "user", "content": "Who"}, row[side][1]] for side in row} for row in rows_of]
     data = prepare(DatasetDict({"train": Dataset.from_list(rows_of), "test": Dataset.from_list(other)}))
     assert data.prompts(5, 0).to_list() == [{"prompt": [{"content": "Who", "role": "user"}]}]
-    assert [pair[1:] for pair in data.pairs(5, 0)] in ([("a0", "b"), ("a1", "b")], [("a1", "b"), ("a0", "b")])
+    assert [pair[1:3] for pair in data.pairs(5, 0)] in ([("a0", "b"), ("a1", "b")], [("a1", "b"), ("a0", "b")])
+
+
+def test_pairs_are_as_they_are_trained_on(prepare):
+    """With the tools and the options of the template, also where a list is made a pair. Those that are not measured are told."""
+    messages = [[{"role": "assistant", "content": text}] for text in ("good", "fair", "bad")]
+    of_template = {"tools": '[{"type": "function"}]', "chat_template_kwargs": {"deep": True}}
+
+    def row(i, *completions, **columns):
+        prompt = [{"role": "user", "content": f"p{i}"}]
+        return {"prompt": prompt, "completions": list(completions), "ranking": [1, 2, 0], **of_template}
+
+    several = [messages[0][0], {"role": "user", "content": "And?"}, messages[1][0]]
+    test = [row(1, *messages), row(2, several, *messages[:2]), row(3, *messages)]
+    data = prepare(DatasetDict({"train": Dataset.from_list([row(0, *messages)]), "test": Dataset.from_list(test)}))
+    pairs = [([{"content": f"p{i}", "role": "user"}], "fair", "good", of_template) for i in (1, 3)]
+    assert data.pairs(2, 0) in (pairs, pairs[::-1])  # two of the two that can be measured, whatever comes first
+    assert data.notes[-1].startswith(
+        "1 of the 3 held-out pairs have a response of several messages or with tool calls"
+    )
+    assert rows(data, "unpaired")[0]["tools"] == of_template["tools"]
+
+
+def test_a_message_with_a_tool_call_is_no_text(prepare):
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+
+    def row(i, calls):
+        chosen = [{"role": "assistant", "content": "I look", "tool_calls": calls}]
+        rejected = [{"role": "assistant", "content": "no", "tool_calls": []}]
+        return {"prompt": [{"role": "user", "content": f"p{i}"}], "chosen": chosen, "rejected": rejected}
+
+    test = Dataset.from_list([row(1, [call]), row(2, [])])
+    data = prepare(DatasetDict({"train": Dataset.from_list([row(0, [call])]), "test": test}))
+    assert [pair[0][0]["content"] for pair in data.pairs(9, 0)] == ["p2"]
+    assert data.notes[-1].startswith("1 of the 2 held-out pairs")
 
 
 def test_a_dataset_that_has_changed_is_not_taken_for_the_old_one(prepare):

@@ -1,12 +1,15 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +64,29 @@ def test_extract(response, right):
     assert (capability._answer(response) == capability._answer("as 3 * 4 = 12\n#### 12")) == right
 
 
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        *(
+            (text, True)
+            for text in ("It is 1234", "1,234.", "so $1,234.00!", "3 times 2 and 1,234 apples.", "**1234.0**")
+        ),
+        *((text, False) for text in ("1,234 and 5", "-1,234", "1,23", "1234.5", "none", "12,34")),
+    ],
+)
+def test_numbers_of_the_example(response, right):
+    example = yaml.safe_load((Path(__file__).parents[2] / "examples/compare.yaml").read_text())
+    capability = Capability(
+        name="sums", questions=[("q", "a\n#### 1,234")], extract=example["evaluation"]["capabilities"][0]["extract"]
+    )
+    assert (capability._answer(response) == capability._answer("a\n#### 1,234")) == right
+
+
+def test_a_list_is_no_number():
+    plain = Capability(name="c", questions=[("q", "12")])
+    assert plain._answer("1,2") != plain._answer("12") == plain._answer(" 12.0\n") and plain._answer("NaN") == "nan"
+
+
 def test_function(scorer, model_path, tmp_path):
     assert Capability(name="f", function=lambda model: 0.5).units(model_path, scorer, tmp_path) == [0.5]
     seen = []
@@ -109,9 +135,81 @@ def test_a_task_of_the_harness(scorer, model_path, tmp_path):
         Capability(name="mine", lm_eval="mine", lm_eval_kwargs=kwargs).units(model_path, scorer, tmp_path)
 
 
+def test_of_several_filters_one_counts(scorer, model_path, tmp_path, monkeypatch):
+    """As of gsm8k: each of them has all documents, of which the harness gives a row for each filter."""
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    evaluate, results = lm_eval.simple_evaluate, []
+
+    def once(**kwargs):
+        if not results:
+            results.append(evaluate(**kwargs))
+        return results[0]
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", once)
+    prompts = ["the film", "a good story", "he said"]
+    said = greedy(scorer, prompts, 4)
+    assert len({text.strip()[:1] for text in said}) == 3
+    rows = [{"question": prompt, "gold": said[0].strip()[:1]} for prompt in prompts]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    filters = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]}
+        for name, pattern in (("strict", "(#)"), ("flexible", r"^\s*(\S)"))
+    ]
+    task = {
+        "task": "several",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/data.jsonl"}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "gold",
+        "generation_kwargs": {"until": ["@@@"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": filters,
+    }
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(task))
+    kwargs = {"include_path": str(tmp_path), "include_defaults": False}
+
+    def units(**options):
+        capability = Capability(name="c", lm_eval="several", lm_eval_kwargs=kwargs | options)
+        return capability.units(model_path, scorer, tmp_path)
+
+    assert units() == [0.0, 0.0, 0.0] and units(filter="flexible") == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"has the filters \['flexible', 'strict'\], and no 'loose'"):
+        units(filter="loose")
+
+
+def test_perplexity_of_the_harness_is_no_loss(scorer, model_path, tmp_path, monkeypatch):
+    """As lambada has it: of each document the log-likelihood, which is the higher the better, though the perplexity is not."""
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    samples = [
+        {"doc_id": i, "filter": "none", "metrics": ["perplexity", "errors"], "perplexity": -1.0 - i, "errors": i}
+        for i in (1, 0)
+    ]
+    results = {"samples": {"l": samples}, "higher_is_better": {"l": {"perplexity": False, "errors": False}}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **kwargs: results)
+
+    def units(**kwargs):
+        capability = Capability(name="c", lm_eval="l", lm_eval_kwargs={"include_defaults": False, **kwargs})
+        return capability.units(model_path, scorer, tmp_path)
+
+    assert units() == [-1.0, -2.0] and units(metric="errors") == [0.0, -1.0]
+
+
+def test_a_task_that_was_changed_is_another_one(tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    (tmp_path / "tasks").mkdir()
+    capability = Capability(name="c", lm_eval="mine", lm_eval_kwargs={"include_path": str(tmp_path)})
+    before = capability.identity()
+    assert capability.identity() == before
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine")
+    assert capability.identity() != before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"function": functools.partial(len)}, "is no plain function"),
         ({}, "needs exactly one of .* and has \\[\\]"),
         ({"texts": ["a"], "lm_eval": "x"}, "and has \\['texts', 'lm_eval'\\]"),
         ({"texts": []}, "has no `texts`"),
@@ -160,6 +258,16 @@ class TestVerdict:
         found = self.compare(before, after)
         assert found["difference"]["interval"] == pytest.approx([interval.low, interval.high])
         assert found["verdict"] == "no difference seen"
+
+    def test_share_of_right_answers_stays_one(self):
+        """Of seeds that differ, too, and where all is right."""
+        before = [1] * 20
+        found = self.compare(before, [[1] * 19 + [0], [1] * 12 + [0] * 8])
+        low, high = found["after"]["interval"]
+        assert 0 <= low < 0.775 < high <= 1
+        assert found["before"]["interval"] == pytest.approx([20 / (20 + 1.959964**2), 1])
+        several = self.compare([1, 2, 3, 2], [[5, 1, 9, 0]])["after"]["interval"]  # which are none
+        assert several[0] < 0 and several[1] > 1
 
     def test_a_single_number_has_none(self):
         found = self.compare([0.7], [[0.1]])

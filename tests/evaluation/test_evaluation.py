@@ -193,6 +193,70 @@ def test_a_reward_function_that_was_changed_is_asked_anew(make, policy_path, tmp
     assert (first["metrics"]["reward"]["value"], second["metrics"]["reward"]["value"]) == (1.0, 2.0)
 
 
+class Constant:
+    """Which the same class, in the same file, gives several of."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, prompts, completions, **columns):
+        return [self.value] * len(completions)
+
+
+def of_level(prompts, completions, level):
+    return [float(value) for value in level]
+
+
+def test_rewards_of_another_function_or_of_other_prompts(make, policy_path, model_path):
+    def value(**options):
+        found = make(capabilities=(), pairs=(), num_responses=1, **options).evaluate(model_path, "reference")
+        return found["metrics"]["reward"]["value"]
+
+    assert [value(reward=Constant(x), reward_identity=x) for x in (1.0, 2.0, 1.0)] == [1.0, 2.0, 1.0]
+    with pytest.raises(ValueError, match="is no plain function"):
+        make(reward=Constant(1.0))
+    with pytest.raises(ValueError, match="is no plain function"):
+        make(critics=[RuleCritic(name="rule", function=Constant(1.0))])
+    assert value(reward=of_level) == 3
+    prompts = Dataset.from_dict({"prompt": PROMPTS, "level": [5] * 5})
+    assert value(reward=of_level, prompts=prompts) == 5
+
+
+def test_rewards_go_on_where_they_were_stopped(make, model_path):
+    asked, stop = [], True
+
+    def reward(prompts, completions, **columns):
+        if stop and len(asked) == 2:
+            raise ConnectionError
+        asked.append(prompts[0])
+        return [1.0] * len(completions)
+
+    of = {"reward": reward, "capabilities": (), "pairs": (), "batch_size": 4}
+    with pytest.raises(ConnectionError):
+        make(**of).evaluate(model_path, "reference")
+    stop = False
+    make(**of).evaluate(model_path, "reference")
+    assert asked == PROMPTS
+
+
+def test_another_template_measures_anew(make, policy_path, tmp_path):
+    chat = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    of = {
+        "prompts": Dataset.from_dict({"prompt": chat}),
+        "pairs": [(chat[0], "a dog", "a story")],
+        "capabilities": (),
+        "num_responses": 1,
+        "reward": None,
+    }
+    folder = tmp_path / "policy"
+    shutil.copytree(policy_path, folder)
+    before = make(**of).evaluate(str(folder), "policy")["metrics"]
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    after = make(**of).evaluate(str(folder), "policy")["metrics"]
+    assert all(after[name]["value"] != before[name]["value"] for name in ("kl", "chosen_change"))
+    assert after == make(**of, folder=tmp_path / "anew").evaluate(str(folder), "policy")["metrics"]
+
+
 def test_jury(make, policy_path, tmp_path):
     """A rule among the critics, which is asked about the responses of both."""
     rule = RuleCritic(name="longer", function=lambda prompt, response, level: len(response))

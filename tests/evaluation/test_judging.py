@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import pytest
 
 from trl_spo.evaluation.frontier import upper_frontier
 from trl_spo.evaluation.judging import (
+    identity_of_function,
     paired_responses,
     points_by_jury,
     points_by_reward,
@@ -54,6 +56,38 @@ class TestRewards:
         found = rewards_of(reward, [row("p", "a", "b", level=3), row("q", "c", "d", level=4)])
         assert found.tolist() == [[0, 1], [2, 3]]
         assert calls == [(["p", "p", "q", "q"], ["a", "b", "c", "d"], {"level": [3, 3, 4, 4]})]
+
+    def test_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
+        """In batches of whole prompts: after an error, what was answered is not asked again."""
+        asked, broken, bars = [], True, []
+
+        class Bar:
+            def __init__(self, total, **kwargs):
+                bars.append([total])
+
+            def update(self, number):
+                bars[-1].append(number)
+
+            __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
+
+        def reward(prompts, completions):
+            if broken and "f" in completions:
+                raise ConnectionError
+            asked.append(completions)
+            return [ord(completion) for completion in completions]
+
+        monkeypatch.setattr("trl_spo.evaluation.judging.tqdm", Bar)
+        rows = [row(str(i), *texts) for i, texts in enumerate(("ab", "cd", "ef", "gh", "ij"))]
+        with AnswerStore(tmp_path / "answers.sqlite") as store:
+            with pytest.raises(ConnectionError):
+                rewards_of(reward, rows, 2, store, "one")
+            broken = False
+            found = rewards_of(reward, rows, 2, store, "one")
+            assert asked == [["a", "b", "c", "d"], ["e", "f", "g", "h"], ["i", "j"]]
+            assert found.tolist() == [[97, 98], [99, 100], [101, 102], [103, 104], [105, 106]]
+            rewards_of(reward, rows[:2], 2, store, "another")
+            assert asked[3:] == [["a", "b", "c", "d"]]
+        assert bars == [[10, 4], [10, 4, 4, 2], [4, 4]]
 
     def test_conversations(self):
         chat = [{"role": "user", "content": "Hi"}]
@@ -137,6 +171,26 @@ class TestJury:
             paired_responses([row("p", "a")], [row("q", "b")])
 
 
+class Holder:
+    def reward(self, prompts, completions):
+        return [0.0] * len(completions)
+
+    __call__ = reward
+
+    @classmethod
+    def of_class(cls, prompts, completions):
+        return [0.0] * len(completions)
+
+
+def test_what_holds_something_must_say_what():
+    for function in (Holder(), Holder().reward, functools.partial(len)):
+        with pytest.raises(ValueError, match="is no plain function: what it holds is not seen.*`reward_identity`"):
+            identity_of_function(function)
+        assert identity_of_function(function, 1) != identity_of_function(function, 2)
+    for function in (Holder.of_class, len, math.sqrt, lambda x: x, Holder):
+        assert identity_of_function(function)["function"].endswith(function.__qualname__)
+
+
 class TestWinRate:
     def test_counts_and_value(self):
         points = np.array([[1, 0.5], [0, math.nan], [math.nan, math.nan], [1, 1]])
@@ -165,6 +219,7 @@ class TestWinRate:
         assert found["value"] == 1 and found["interval"][0] == pytest.approx(0.7225, abs=1e-3)
         nobody = win_rate(np.full((3, 1), math.nan))
         assert (nobody["value"], nobody["undecided"], nobody["p_value"]) == (0.5, 3, 1.0)
+        assert sum(nobody["interval"]) == pytest.approx(1)
 
 
 class TestFrontier:

@@ -1,12 +1,16 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import json
 import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_spo.evaluation.displacement import score_pairs
+from trl_spo.evaluation.divergence import on_policy_divergence
 from trl_spo.evaluation.diversity import distinct_n, response_diversity, self_bleu
 from trl_spo.evaluation.scoring import ResponseScorer, preference_accuracy, text_log_likelihood
 
@@ -66,6 +70,54 @@ def test_scores_are_those_of_a_plain_forward_pass(scorer, model_path):
         assert score.entropy == pytest.approx(entropy, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_in_the_prompt(scorer, as_text):
+    """As the trainers have them: the template writes them ahead of the conversation."""
+    prompt, tools = [{"role": "user", "content": "Hello"}], [{"type": "function", "function": {"name": "look"}}]
+    tokenizer, kwargs = scorer.tokenizer, {"tools": tools, "return_dict": True}
+    columns = {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": None}
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs).input_ids
+    chosen, rejected = score_pairs(scorer, [(prompt, "Good day.", "No", columns)])[0]
+    for response, score in (("Good day.", chosen), ("No", rejected)):
+        chat = [*prompt, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(chat, **kwargs).input_ids
+        assert score.tokens == len(ids) - len(before)
+        with torch.no_grad():
+            logps = scorer.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(logps[i - 1, ids[i]].item() for i in range(len(before), len(ids)))
+        assert score.log_prob == pytest.approx(expected, rel=1e-4)
+
+
+def test_template_kwargs_are_used(model_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.chat_template = "{% if deep %}deep {% endif %}" + tokenizer.chat_template
+    scorer = ResponseScorer(model_path, {"dtype": "float32"}, tokenizer=tokenizer)
+    row = ([{"role": "user", "content": "Hello"}], "Good day.")
+    plain, deep = scorer.score([row, (*row, {"chat_template_kwargs": {"deep": True}})])
+    assert plain.tokens == deep.tokens and plain.log_prob != deep.log_prob
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_adapter_of_the_output_layer(architecture, model_paths, tmp_path):
+    """Which is merged, also where the layer has the weights of the input embeddings, that are left as they are."""
+    path = model_paths(architecture)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)  # or they would be there twice, and not tied
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.save_pretrained(tmp_path)
+    (score,) = ResponseScorer(str(tmp_path), {"dtype": "float32"}).score([("Who", " is it")])
+    before, ids = tokenizer("Who").input_ids, tokenizer("Who is it" + tokenizer.eos_token).input_ids
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(logps[i - 1, ids[i]].item() for i in range(len(before), len(ids)))
+    assert score.log_prob == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="has an adapter on its output layer"):
+        ResponseScorer(base, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="has an adapter on its output layer"):
+        on_policy_divergence(base, base, tokenizer, [])
+
+
 def test_a_long_response_is_cut_off(scorer):
     limit = scorer.model.config.max_position_embeddings
     (score,) = scorer.score([("Who", " is it" * limit)])
@@ -81,6 +133,8 @@ def test_preference_accuracy(scorer):
     # One of the same value counts half
     found = preference_accuracy(scorer, [("Who", better, worse), ("Who", worse, worse)])
     assert found["rate"] == 0.75 and found["number"] == 2
+    low, high = preference_accuracy(scorer, [("Who", better, worse), ("Who", worse, worse)] * 30)["interval"]
+    assert low < 0.75 < high
     assert preference_accuracy(scorer, [])["rate"] is None
 
 

@@ -7,7 +7,23 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_spo.evaluation.statistics import crossed_difference, crossed_estimate, holm, mean_estimate, paired_p_value
+from trl_spo.evaluation.displacement import displacement_estimates
+from trl_spo.evaluation.statistics import (
+    crossed_difference,
+    crossed_estimate,
+    holm,
+    mean_estimate,
+    paired_p_value,
+    wilson_rate,
+)
+
+
+@pytest.mark.parametrize(("count", "number"), [(0, 5), (3, 7), (90, 100), (5, 5), (1, 1)])
+def test_wilson(count, number):
+    expected = stats.binomtest(count, number).proportion_ci(0.95, method="wilson")
+    assert wilson_rate(count, number)["interval"] == pytest.approx([expected.low, expected.high])
+    assert wilson_rate(count, number)["rate"] == count / number
+    assert wilson_rate(0, 0) == {"rate": None, "interval": None, "number": 0}
 
 
 class TestMean:
@@ -45,6 +61,43 @@ class TestCrossed:
             hits += low <= 3.0 <= high
         # 0.95, up to Welch's approximation and the noise of the draws below; somewhat more, as the interaction counts twice
         assert 0.92 <= hits / 1000 <= 0.99
+
+    def test_share_of_seeds_that_differ(self):
+        """The interval ends where the value is Student's quantile away, in the errors that the share there would have."""
+        values = np.repeat([[1.0] * 6 + [0.0] * 4, [1.0] * 8 + [0.0] * 2], 20, axis=1)
+        found = crossed_estimate(values, share=True)
+        assert found["value"] == pytest.approx(0.7) and found["error"] == crossed_estimate(values)["error"]
+        low, high = found["interval"]
+        assert 0 < low < 0.5 and 0.9 < high < 1
+        plain = crossed_estimate(values)["interval"]
+        assert plain[0] < 0 and plain[1] > 1
+        quantile = (plain[1] - 0.7) / found["error"]
+        for end in found["interval"]:
+            error = found["error"] * np.sqrt(end * (1 - end) / (0.7 * 0.3))
+            assert abs(end - 0.7) / error == pytest.approx(quantile)
+
+    def test_share_where_all_say_the_same(self):
+        expected = stats.binomtest(40, 40).proportion_ci(0.95, method="wilson")
+        assert crossed_estimate(np.ones((3, 40)), share=True)["interval"] == pytest.approx([expected.low, 1])
+
+    def test_share_covers_the_truth(self):
+        rng = np.random.default_rng(3)
+        hits = 0
+        for _ in range(600):
+            of_seeds = np.clip(0.9 + 0.05 * rng.normal(size=(4, 1)), 0, 1)
+            low, high = crossed_estimate((rng.random((4, 30)) < of_seeds).astype(float), share=True)["interval"]
+            assert 0 <= low <= high <= 1
+            hits += low <= 0.898 <= high  # the mean of what is clipped
+        assert 0.93 <= hits / 600 <= 1
+
+    def test_ties_are_in_the_value_and_in_the_interval(self):
+        accuracy = np.array([1.0] * 50 + [0.5] * 50)
+        estimate = displacement_estimates({"preference_accuracy": accuracy, "margin": accuracy})["preference_accuracy"]
+        low, high = estimate["interval"]
+        usual = stats.ttest_1samp(accuracy, 0).confidence_interval()
+        assert estimate["value"] == 0.75 and (low, high) == pytest.approx((usual.low, usual.high), abs=0.005)
+        few = displacement_estimates({"preference_accuracy": np.array([1.0] * 9 + [0.5])})["preference_accuracy"]
+        assert few["interval"][0] < few["value"] == 0.95 < few["interval"][1] <= 1
 
     def test_difference_is_covered_and_its_p_value_is_uniform(self):
         rng = np.random.default_rng(1)

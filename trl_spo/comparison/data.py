@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from trl import ScriptArguments, extract_prompt, unpair_preference_dataset
 
 from ..cli.training import load_dataset
+from ..evaluation.scoring import PreferencePair
 from ..preference_checks import check_preferences, check_unpaired_preferences
 from ..synthetic.files import digest_of_rows, read_json, write_json
 from ..synthetic.prompts import prompt_id, split_of
@@ -22,6 +24,7 @@ from .comparison_config import DataConfig
 logger = logging.get_logger(__name__)
 
 _ORDERS = ("best", "ranking", "scores")
+_OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,18 @@ class ComparisonData:
         test = load_from_disk(str(self.folder / "prompts"))["test"]
         return test.shuffle(seed=seed).select(range(min(number, len(test))))
 
-    def pairs(self, number: int, seed: int) -> list[tuple[Any, str, str]]:
-        """Prompt, chosen and rejected response of pairs of the test split, drawn at random. None if the dataset is unpaired."""
+    def pairs(self, number: int, seed: int) -> list[PreferencePair]:
+        """
+        Prompt, chosen and rejected response of pairs of the test split, drawn at random, and what the chat template takes besides them. None if
+        the dataset is unpaired.
+        """
         if "preference" not in self.forms:
             return []
-        test = load_from_disk(str(self.folder / "preference"))["test"]
-        test = test.shuffle(seed=seed).select(range(min(number, len(test))))
-        return [(row["prompt"], _text(row["chosen"]), _text(row["rejected"])) for row in test if _is_single(row)]
+        test = load_from_disk(str(self.folder / "preference"))["test"].shuffle(seed=seed)
+        return [
+            (row["prompt"], _text(row["chosen"]), _text(row["rejected"]), _of_template(row))
+            for row in islice(filter(_is_single, test), number)
+        ]
 
 
 def prepare_data(config: DataConfig, folder: Path, seed: int) -> ComparisonData:
@@ -149,6 +157,13 @@ def prepare_data(config: DataConfig, folder: Path, seed: int) -> ComparisonData:
         worst = "the first of the others" if "best" in columns else "its worst one"
         notes.append(f"For the methods that take pairs, each list is its best completion and {worst}.")
     if "preference" in made:
+        test_pairs = made["preference"]["test"]
+        several = len(test_pairs) - sum(map(_is_single, test_pairs))
+        if several:
+            notes.append(
+                f"{several} of the {len(test_pairs)} held-out pairs have a response of several messages or with tool calls: what the training does to their "
+                "probabilities is not measured."
+            )
         made["unpaired"] = DatasetDict({name: _unpaired(split) for name, split in made["preference"].items()})
     made["prompts"] = DatasetDict({name: _different_prompts(split) for name, split in made[form].items()})
     for name, dataset in made.items():
@@ -176,11 +191,20 @@ def _best_and_worst(dataset: Dataset) -> Iterable[dict[str, Any]]:
         else:
             best = row["best"]
             worst = next(i for i in range(len(completions)) if i != best)
-        yield {"prompt": row["prompt"], "chosen": completions[best], "rejected": completions[worst]}
+        yield {
+            "prompt": row["prompt"],
+            "chosen": completions[best],
+            "rejected": completions[worst],
+            **_of_template(row),
+        }
+
+
+def _of_template(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _OF_TEMPLATE if name in row}
 
 
 def _unpaired(pairs: Dataset) -> Dataset:
-    kept = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+    kept = ("prompt", "chosen", "rejected", *_OF_TEMPLATE)
     return unpair_preference_dataset(pairs.select_columns([name for name in kept if name in pairs.column_names]))
 
 
@@ -195,8 +219,11 @@ def _different_prompts(dataset: Dataset) -> Dataset:
 
 
 def _is_single(row: dict[str, Any]) -> bool:
-    """Whether both responses are one text or message each."""
-    return all(isinstance(row[side], str) or len(row[side]) == 1 for side in ("chosen", "rejected"))
+    """Whether both responses are one text or message each, and nothing else."""
+    return all(
+        isinstance(response, str) or (len(response) == 1 and not response[0].get("tool_calls"))
+        for response in (row["chosen"], row["rejected"])
+    )
 
 
 def _text(response: str | list[dict[str, str]]) -> str:

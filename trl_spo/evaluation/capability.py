@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..synthetic.candidates import generate_candidates
-from ..synthetic.files import Rows
+from ..synthetic.files import Rows, digest
 from ..synthetic.prompts import prompt_id
 from ..synthetic.students import TransformersStudent
 from .judging import identity_of_function
@@ -25,6 +26,7 @@ from .statistics import crossed_estimate
 
 
 _KINDS = ("texts", "questions", "lm_eval", "function")
+_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +40,8 @@ class Capability:
         texts (`Sequence[str]`, *optional*):
             Texts that it can write: their perplexity.
         questions (`Sequence[tuple]`, *optional*):
-            Prompts (standard or conversational), each with its answer: the share that the likeliest response answers exactly.
+            Prompts (standard or conversational), each with its answer: the share that the likeliest response answers exactly, but for case and
+            white space, and for how a number is written: 1,234.0 is 1234.
         lm_eval (`str`, *optional*):
             A task of the [LM Evaluation Harness](https://github.com/EleutherAI/lm-evaluation-harness). Needs the extra `eval`.
         function (`Callable`, *optional*):
@@ -50,8 +53,8 @@ class Capability:
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Of a response to one of the `questions`.
         lm_eval_kwargs (`dict[str, Any]`, *optional*):
-            Of `lm_eval`: `metric` (by default the task's first one), and arguments of `lm_eval.simple_evaluate` such as `num_fewshot` and `limit`; for tasks
-            of one's own `include_path`, their folder, and `include_defaults`, which as `False` saves looking through all others.
+            Of `lm_eval`: `metric` and `filter` (by default the task's first ones), and arguments of `lm_eval.simple_evaluate` such as `num_fewshot` and
+            `limit`; for tasks of one's own `include_path`, their folder, and `include_defaults`, which as `False` saves looking through all others.
 
     Raises:
         `ValueError`: none or several of the kinds are given, or an option is wrong.
@@ -88,6 +91,8 @@ class Capability:
                 )
         if self.lm_eval is not None:
             _import_lm_eval(self.name)
+        if self.function is not None:
+            identity_of_function(self.function)  # which raises, if it cannot be told from others
 
     @property
     def metric(self) -> str:
@@ -107,6 +112,14 @@ class Capability:
             told["function"] = identity_of_function(self.function)
         if self.lm_eval is not None:
             told["seed"] = seed
+            paths = self.lm_eval_kwargs.get("include_path") or []
+            files = [
+                file
+                for path in ([paths] if isinstance(paths, str) else paths)
+                for file in sorted(Path(path).rglob("*"))
+                if file.is_file() and file.suffix != ".pyc"
+            ]
+            told["files"] = [[file.name, digest(file)] for file in files]
         return told
 
     def units(self, model: str, scorer: ResponseScorer, folder: Path, seed: int = 0) -> list[float]:
@@ -157,14 +170,15 @@ class Capability:
             for text, (_, answer) in zip(texts, self.questions, strict=True)
         ]
 
-    def _answer(self, text: str) -> str | None:
-        """What is compared: without regard to case and white space. `None` if there is no answer in the text."""
+    def _answer(self, text: str) -> str | Decimal | None:
+        """What is compared. `None` if there is no answer in the text."""
         if self.extract is not None:
             matches = list(re.finditer(self.extract, text))
             if not matches:
                 return None
             text = matches[-1][1 if matches[-1].re.groups else 0] or ""
-        return " ".join(text.casefold().split())
+        text = " ".join(text.casefold().split())
+        return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else text
 
     def _of_harness(self, scorer: ResponseScorer, seed: int) -> list[float]:
         lm_eval = _import_lm_eval(self.name)
@@ -172,7 +186,7 @@ class Capability:
         from lm_eval.tasks import TaskManager
 
         kwargs = dict(self.lm_eval_kwargs)
-        metric = kwargs.pop("metric", None)
+        metric, wanted = kwargs.pop("metric", None), kwargs.pop("filter", None)
         of_tasks = {name: kwargs.pop(name) for name in ("include_path", "include_defaults") if name in kwargs}
         lm = HFLM(pretrained=scorer.model, tokenizer=scorer.tokenizer, batch_size=scorer.batch_size)
         results = lm_eval.simple_evaluate(
@@ -187,7 +201,17 @@ class Capability:
             fewshot_random_seed=seed,
             **kwargs,
         )
-        samples = [sample for of_task in results["samples"].values() for sample in of_task]
+        samples = [  # of one filter, as each of them has all documents
+            sample
+            for of_task in results["samples"].values()
+            for sample in of_task
+            if sample["filter"] == (wanted or of_task[0]["filter"])
+        ]
+        if not samples:
+            filters = {sample["filter"] for of_task in results["samples"].values() for sample in of_task}
+            raise ValueError(
+                f"The task {self.lm_eval!r} has the filters {sorted(filters)}, and no {wanted!r} (`filter` of the capability {self.name!r})."
+            )
         names = samples[0]["metrics"]
         metric = names[0] if metric is None else metric
         if metric not in names:
@@ -196,8 +220,8 @@ class Capability:
             )
         lower = {
             name for of_task in results["higher_is_better"].values() for name, higher in of_task.items() if not higher
-        }
-        values = [sample[metric] for sample in sorted(samples, key=lambda s: (s.get("filter", ""), s["doc_id"]))]
+        } - {"perplexity"}  # of which the harness gives the log-likelihood of each document
+        values = [sample[metric] for sample in sorted(samples, key=lambda s: s["doc_id"])]
         if any(isinstance(value, list | tuple) for value in values):
             raise ValueError(
                 f"The metric {metric!r} of the task {self.lm_eval!r} is none of single documents, so that it has no interval here. Use another `metric` of {names}."
@@ -233,7 +257,8 @@ def compare_capability(metric: str, before: np.ndarray, after: np.ndarray) -> di
         `dict[str, Any]`: estimates `before`, `after` and `difference`, `higher_is_better`, and the `verdict`: `"regressed"` or `"improved"` only if the interval
         of the difference, unit by unit, has no 0 in it, else `"no difference seen"`; `"no interval"` if there is a single unit.
     """
-    found = {"before": crossed_estimate(before[None]), "after": crossed_estimate(after)}
+    share = bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())  # of right answers
+    found = {"before": crossed_estimate(before[None], share), "after": crossed_estimate(after, share)}
     # Unit by unit, so that hard questions, which are hard before and after, do not widen it
     difference = crossed_estimate(after - before[None])
     interval = difference["interval"]

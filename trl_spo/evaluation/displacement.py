@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .scoring import Prompt, ResponseScore, ResponseScorer
-from .statistics import mean_estimate, wilson_rate
+from .scoring import PreferencePair, ResponseScore, ResponseScorer, both_sides
+from .statistics import mean_estimate
 
 
-def score_pairs(
-    scorer: ResponseScorer, pairs: Sequence[tuple[Prompt, str, str]]
-) -> list[tuple[ResponseScore, ResponseScore]]:
+def score_pairs(scorer: ResponseScorer, pairs: Sequence[PreferencePair]) -> list[tuple[ResponseScore, ResponseScore]]:
     """What a model says of the chosen and of the rejected response of pairs of prompt, chosen and rejected response."""
-    rows = [(prompt, response) for prompt, *responses in pairs for response in responses]
-    scores = scorer.score(rows, desc="Held-out pairs")
+    scores = scorer.score(both_sides(pairs), desc="Held-out pairs")
     return list(zip(scores[::2], scores[1::2], strict=True))
 
 
@@ -50,11 +47,5 @@ def displacement_units(
 
 
 def displacement_estimates(units: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """
-    Estimates of the means of [`displacement_units`]. The interval of the accuracy is Wilson's, over the pairs that have a margin.
-    """
-    found = {name: mean_estimate(values) for name, values in units.items()}
-    accuracy = units["preference_accuracy"]
-    rate = wilson_rate(int((accuracy == 1).sum()), int((accuracy != 0.5).sum()))
-    found["preference_accuracy"]["interval"] = rate["interval"]
-    return found
+    """Estimates of the means of [`displacement_units`], that of the accuracy as a share."""
+    return {name: mean_estimate(values, share=name == "preference_accuracy") for name, values in units.items()}

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._compat import ChunkedDivergenceFunction
 from ..soft_po.online_kl import LMHead
 from ..synthetic.students import encode_prompt
+from .scoring import check_head
 
 
 class Divergence(NamedTuple):
@@ -65,8 +66,10 @@ def on_policy_divergence(
         `list[list[Divergence]]`: of each row, of each response.
 
     Raises:
-        `ValueError`: the responses were drawn at another temperature, or the models have another vocabulary.
+        `ValueError`: the responses were drawn at another temperature, the models have another vocabulary, or one has an adapter on its output layer.
     """
+    for model in (policy, reference):
+        check_head(model)
     heads = [LMHead.of(model) for model in (policy, reference)]
     if heads[0].weight.size(0) != heads[1].weight.size(0):
         raise ValueError(

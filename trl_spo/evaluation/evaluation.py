@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..synthetic.candidates import generate_candidates
-from ..synthetic.files import Rows, read_json, write_json, write_rows
+from ..synthetic.files import Rows, digest_of_rows, read_json, write_json, write_rows
 from ..synthetic.identity import weights_identity
 from ..synthetic.prompts import prompt_id
 from ..synthetic.store import AnswerStore, request_key
@@ -37,7 +37,7 @@ from .judging import (
     rewards_of,
     win_rate,
 )
-from .scoring import Prompt, ResponseScore, ResponseScorer
+from .scoring import PreferencePair, ResponseScore, ResponseScorer
 from .statistics import mean_estimate
 
 
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 REFERENCE = "reference"
+# The metrics that are from 0 to 1, and so are their intervals
+SHARES = ("win_rate", "finished", "unique", "self_bleu", "distinct_1", "distinct_2", "preference_accuracy")
+# Of a model's folder: its weights, and what its tokens, its template and its generation are made of
+_OF_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 _NUM_WORDS = 64  # of a response that count for distinct-n, as longer ones repeat more
 
 
@@ -67,11 +71,14 @@ class Evaluation:
         > Parameters that control what is measured
 
         reward (`Callable`, *optional*):
-            Reward function, as those of TRL's GRPOTrainer ([`rewards_of`]).
+            Reward function, as those of TRL's GRPOTrainer ([`rewards_of`]). Where the file that it stands in has changed, it is asked anew.
+        reward_identity (`Any`, *optional*):
+            What else tells it from others, in JSON, such as the name of the model that it calls. Needed of an object, such as a
+            `functools.partial`.
         critics (`Sequence[Critic]`, *optional*):
             Jury of [`~trl_spo.synthetic.Critic`]s. Without it, the win rate is by the reward function.
         pairs (`Sequence[tuple]`, *optional*):
-            Held-out pairs: prompt, chosen and rejected response.
+            Held-out pairs: prompt, chosen and rejected response; for the chat template, a dict with `tools` and `chat_template_kwargs` may follow.
         capabilities (`Sequence[Capability]`, *optional*):
             What the policy must not lose.
 
@@ -87,14 +94,14 @@ class Evaluation:
             Of `from_pretrained`, of the reference and of the policies. `dtype` is `"float32"` unless it is here, as small updates are lost in
             bfloat16; large models need `"bfloat16"`.
         store (`str` or `os.PathLike`, *optional*):
-            File of the critics' answers, by default `answers.sqlite` in the folder.
+            File of the critics' answers and the rewards, by default `answers.sqlite` in the folder.
         budget ([`~trl_spo.synthetic.Budget`], *optional*):
             What they may cost.
         seed (`int`, *optional*, defaults to `42`):
             Of the responses and of the bootstrap.
 
     Raises:
-        `ValueError`: an option is out of its range, or a prompt is there twice.
+        `ValueError`: an option cannot be used.
     """
 
     def __init__(
@@ -103,8 +110,9 @@ class Evaluation:
         reference: str,
         prompts: Dataset,
         reward: RewardFunction | None = None,
+        reward_identity: Any = None,
         critics: "Sequence[Critic] | None" = None,
-        pairs: Sequence[tuple[Prompt, str, str]] = (),
+        pairs: Sequence[PreferencePair] = (),
         capabilities: Sequence[Capability] = (),
         num_responses: int = 1,
         max_new_tokens: int = 256,
@@ -126,11 +134,13 @@ class Evaluation:
         self.reference = reference
         self.prompts = _with_ids(prompts)
         self.reward, self.pairs, self.capabilities = reward, list(pairs), list(capabilities)
+        self.reward_identity = None if reward is None else identity_of_function(reward, reward_identity)
         self.jury = None
         if critics:
             from ..synthetic.jury import Jury
 
             self.jury = Jury(critics)
+            self._jury_identity()  # which raises, if they cannot be told from others
         self.num_responses, self.max_new_tokens, self.batch_size = num_responses, max_new_tokens, batch_size
         self.model_kwargs = {"dtype": "float32", **(model_kwargs or {})}
         self.store_path = Path(store) if store is not None else self.folder / "answers.sqlite"
@@ -210,12 +220,7 @@ class Evaluation:
                 write_json(path, found)
             return found["parts"][of]
 
-        sampling = [
-            request_key(prompts=list(self.prompts["prompt_id"])),
-            self.num_responses,
-            self.max_new_tokens,
-            self.seed,
-        ]
+        sampling = [digest_of_rows(self.prompts), self.num_responses, self.max_new_tokens, self.seed]
         loading = [self.batch_size, {option: str(value) for option, value in self.model_kwargs.items()}]
         how = [*sampling, *loading]
         reference_stamp = _stamp(self.reference)
@@ -226,7 +231,7 @@ class Evaluation:
             write_json(path, found)
         on_policy = part("on_policy", [how, reference_stamp], lambda: self._on_policy(model, folder, name))
         units: dict[str, Any] = dict(on_policy["units"])
-        metrics = {of: mean_estimate(values) for of, values in units.items()} | on_policy["of_all"]
+        metrics = {of: mean_estimate(values, of in SHARES) for of, values in units.items()} | on_policy["of_all"]
         if self.pairs:
             log_probs = part("pairs", [loading, request_key(pairs=self.pairs)], lambda: self._log_probs(model))
             of_base = log_probs if base is None else base["log_probs"]
@@ -302,7 +307,7 @@ class Evaluation:
         if self.num_responses > 1:
             units["unique"] = [len(set(group)) / len(group) for group in groups]
             bleus = [bleu for group in groups if (bleu := self_bleu([group])) is not None]
-            of_all["self_bleu"] = mean_estimate(bleus)
+            of_all["self_bleu"] = mean_estimate(bleus, share=True)
         return {"units": units, "of_all": of_all}
 
     def _log_probs(self, model: str) -> list[list[list[float]]]:
@@ -320,8 +325,7 @@ class Evaluation:
         """Fills in the reward and the win rate."""
         path, reference = folder / "samples.jsonl", self.folder / REFERENCE / "samples.jsonl"
         if self.reward is not None:
-            who = identity_of_function(self.reward)
-            rewards = part("reward", [told, who], lambda: rewards_of(self.reward, Rows(path)).tolist())
+            rewards = part("reward", [told, self.reward_identity], lambda: self._rewards(path))
             result["rewards"] = rewards
             result["units"]["reward"] = np.mean(rewards, axis=1).tolist()
             result["metrics"]["reward"] = mean_estimate(result["units"]["reward"])
@@ -329,17 +333,25 @@ class Evaluation:
             return
         points = None
         if self.jury is not None and judge:
-            who = [
-                [critic.name, critic.weight, critic.identity() or identity_of_function(critic.function)]
-                for critic in self.jury.critics
-            ]
-            points = part("jury", [told, _stamp(self.reference), who], lambda: self._judge(path, reference, folder))
+            told = [told, _stamp(self.reference), self._jury_identity()]
+            points = part("jury", told, lambda: self._judge(path, reference, folder))
             points = np.array([[math.nan if p is None else p for p in of_prompt] for of_prompt in points])
         elif self.jury is None and self.reward is not None:
             points = points_by_reward(np.array(rewards), np.array(base["rewards"]))
         if points is not None:
             result["metrics"]["win_rate"] = win_rate(points, self.seed)
             result["units"]["win_rate"] = np.nan_to_num(points, nan=0.5).mean(axis=1).tolist()
+
+    def _jury_identity(self) -> list[Any]:
+        return [
+            [critic.name, critic.weight, critic.identity() or identity_of_function(critic.function)]
+            for critic in self.jury.critics
+        ]
+
+    def _rewards(self, path: Path) -> list[list[float]]:
+        size = max(1, self.batch_size // self.num_responses)
+        with AnswerStore(self.store_path) as store:
+            return rewards_of(self.reward, Rows(path), size, store, self.reward_identity).tolist()
 
     def _judge(self, path: Path, reference: Path, folder: Path) -> list[list[float | None]]:
         self.free_memory()  # critics may be models in this process
@@ -373,10 +385,10 @@ def _with_ids(prompts: Dataset) -> Dataset:
 
 
 def _stamp(model: str) -> Any:
-    """What tells that a model is another one than before, without reading its weights."""
+    """What tells that a model, its tokenizer or its template is another one than before, without reading the weights."""
     if not Path(model).is_dir():
         return weights_identity(model)
-    files = [file for file in sorted(Path(model).iterdir()) if file.suffix in (".safetensors", ".bin")]
+    files = [file for file in sorted(Path(model).iterdir()) if file.suffix in _OF_MODEL]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

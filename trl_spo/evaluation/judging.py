@@ -10,21 +10,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
+from ..synthetic.store import AnswerStore, request_key
 from .statistics import bootstrap_intervals, paired_p_value, wilson_rate
 
 
 if TYPE_CHECKING:
     from ..synthetic.jury import Jury, Pair
-    from ..synthetic.store import AnswerStore
 
 
 RewardFunction = Callable[..., list[float]]
 
 
-def identity_of_function(function: Callable) -> dict[str, str | None]:
-    """What tells a function from others in JSON: its name, and a hash of the file that it stands in."""
+def identity_of_function(function: Callable, told: Any = None) -> dict[str, Any]:
+    """
+    What tells a function from others in JSON: its name, a hash of the file that it stands in, and what was told of it.
+
+    Raises:
+        `ValueError`: it is an object or one of its methods, and nothing was told: what it holds is not seen.
+    """
     named = function if hasattr(function, "__qualname__") else type(function)
+    holder = function.__self__ if inspect.ismethod(function) else function
+    if told is None and not hasattr(holder, "__qualname__"):
+        raise ValueError(
+            f"{function!r:.200} is no plain function: what it holds is not seen, so that its results would be taken for those of another one. Write "
+            "a function of a file that calls it; or of a reward, give `reward_identity`."
+        )
     try:
         source = Path(inspect.getsourcefile(named)).read_bytes()
     except (TypeError, OSError):  # it has none, as of a function of C
@@ -32,10 +44,17 @@ def identity_of_function(function: Callable) -> dict[str, str | None]:
     return {
         "function": f"{named.__module__}:{named.__qualname__}",
         "source": source and hashlib.sha256(source).hexdigest(),
+        **({} if told is None else {"told": told}),
     }
 
 
-def rewards_of(function: RewardFunction, samples: Iterable[dict[str, Any]]) -> np.ndarray:
+def rewards_of(
+    function: RewardFunction,
+    samples: Iterable[dict[str, Any]],
+    batch_size: int = 8,
+    store: AnswerStore | None = None,
+    identity: Any = None,
+) -> np.ndarray:
     """
     What a reward function gives the responses.
 
@@ -45,6 +64,12 @@ def rewards_of(function: RewardFunction, samples: Iterable[dict[str, Any]]) -> n
             lists of one message if the prompts are conversations.
         samples (`Iterable[dict[str, Any]]`):
             Rows of [`~trl_spo.synthetic.generate_candidates`], all with as many responses.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows, with all their responses, that the function is called with at once.
+        store ([`~trl_spo.synthetic.AnswerStore`], *optional*):
+            Where the rewards are kept, so that those of a run that was stopped are not asked for again.
+        identity (`Any`, *optional*):
+            What tells the function from others in the store, in JSON.
 
     Returns:
         `np.ndarray` of shape `(N, K)`: of each row, of each response.
@@ -52,9 +77,23 @@ def rewards_of(function: RewardFunction, samples: Iterable[dict[str, Any]]) -> n
     Raises:
         `TypeError`, `ValueError`: the function returns something else than a finite number for each completion.
     """
-    samples = list(samples)
+    samples, rewards = list(samples), []
+    with tqdm(desc="Rewards", total=sum(len(row["responses"]) for row in samples), unit=" responses") as bar:
+        for first in range(0, len(samples), batch_size):
+            rows = samples[first : first + batch_size]
+            key = request_key(reward=identity, rows=rows)
+            kept = store.get([key]) if store is not None else {}
+            values = kept[key]["rewards"] if kept else _rewards(function, rows)
+            if store is not None and not kept:
+                store.put(key, "reward", {"rewards": values})
+            rewards += values
+            bar.update(len(values))
+    return np.array(rewards).reshape(len(samples), -1)
+
+
+def _rewards(function: RewardFunction, rows: Sequence[dict[str, Any]]) -> list[float]:
     prompts, completions, columns = [], [], {}
-    for row in samples:
+    for row in rows:
         for response in row["responses"]:
             text = response["text"]
             prompts.append(row["prompt"])
@@ -77,7 +116,7 @@ def rewards_of(function: RewardFunction, samples: Iterable[dict[str, Any]]) -> n
     for completion, value in zip(completions, values, strict=True):
         if not math.isfinite(value):
             raise ValueError(f"The reward function `{name}` returned {value} for the completion {completion!r:.200}.")
-    return np.array(values).reshape(len(samples), -1)
+    return values
 
 
 def points_by_reward(policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -171,7 +210,7 @@ def win_rate(points: np.ndarray, seed: int = 0) -> dict[str, Any]:
     number = len(units)
     (interval,) = bootstrap_intervals(units[:, None], lambda sums: sums.T / number, seed)
     if number > 1 and (units == units[0]).all():
-        interval = wilson_rate(round(number * units[0]), number)["interval"]
+        interval = wilson_rate(float(units.sum()), number)["interval"]
     return {
         "value": float(units.mean()),
         "error": float(units.std(ddof=1)) / math.sqrt(number) if number > 1 else None,

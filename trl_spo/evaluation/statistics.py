@@ -21,12 +21,20 @@ _PERMUTATIONS = 9999
 _CHUNK = 10**6  # numbers of the bootstrap that are in memory at once
 
 
-def wilson_rate(count: int, number: int) -> dict[str, Any]:
-    """A share of independent cases: `rate`, `interval` (Wilson, 1927) and the `number` of cases."""
+def wilson_rate(count: float, number: int) -> dict[str, Any]:
+    """A share of independent cases: `rate`, `interval` (Wilson, 1927) and the `number` of cases. A tie may count half."""
     if number == 0:
         return {"rate": None, "interval": None, "number": 0}
-    interval = stats.binomtest(count, number).proportion_ci(_LEVEL, method="wilson")
-    return {"rate": count / number, "interval": [float(interval.low), float(interval.high)], "number": number}
+    rate = count / number
+    interval = _wilson(rate, number, float(stats.norm.ppf((1 + _LEVEL) / 2)))
+    return {"rate": rate, "interval": interval, "number": number}
+
+
+def _wilson(rate: float, number: float, quantile: float) -> list[float]:
+    """The shares from which one of so many cases is no more than so many standard errors away. They are never outside of [0, 1]."""
+    spread = quantile**2 / number
+    center, half = rate + spread / 2, math.sqrt(spread * (rate * (1 - rate) + spread / 4))
+    return [max(0.0, (center - half) / (1 + spread)), min(1.0, (center + half) / (1 + spread))]
 
 
 def bootstrap_intervals(
@@ -63,21 +71,23 @@ def bootstrap_intervals(
     return intervals
 
 
-def mean_estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+def mean_estimate(values: Sequence[float] | np.ndarray, share: bool = False) -> dict[str, Any]:
     """
     The mean of independent units, with the interval of Student's t.
 
     Args:
         values (`Sequence[float]`):
             One of each unit. Several responses to a prompt are not independent: their mean is one unit.
+        share (`bool`, *optional*, defaults to `False`):
+            As of [`crossed_estimate`].
 
     Returns:
         `dict[str, Any]`: an estimate; without an interval if there is one unit only.
     """
-    return crossed_estimate(np.asarray(values, dtype=np.float64)[None])
+    return crossed_estimate(np.asarray(values, dtype=np.float64)[None], share)
 
 
-def crossed_estimate(values: np.ndarray) -> dict[str, Any]:
+def crossed_estimate(values: np.ndarray, share: bool = False) -> dict[str, Any]:
     """
     The mean over trainings and units that are the same in all of them, such as seeds and prompts. It is uncertain for both reasons:
     other seeds would give other models, and other prompts other values.
@@ -89,6 +99,9 @@ def crossed_estimate(values: np.ndarray) -> dict[str, Any]:
     Args:
         values (`np.ndarray` of shape `(S, N)`):
             Of each training and unit.
+        share (`bool`, *optional*, defaults to `False`):
+            Whether the values are from 0 to 1 by what they are, and so is the interval: Wilson's, of as many independent cases as have this
+            variance. Where nothing varies, of the units.
 
     Returns:
         `dict[str, Any]`: an estimate. Its `number` is that of the units.
@@ -99,8 +112,14 @@ def crossed_estimate(values: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"value": mean, "error": None, "interval": None, "number": values.shape[1]}
     if freedom is not None:
         found["error"] = math.sqrt(variance)
-        half = float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * found["error"]
-        found["interval"] = [mean - half, mean + half]
+        quantile = float(stats.t.ppf((1 + _LEVEL) / 2, freedom))
+        half = quantile * found["error"]
+        if not share:
+            found["interval"] = [mean - half, mean + half]
+        elif variance > 0:
+            found["interval"] = _wilson(mean, mean * (1 - mean) / variance, quantile)
+        else:
+            found["interval"] = wilson_rate(mean * max(values.shape), max(values.shape))["interval"]
     return found
 
 
