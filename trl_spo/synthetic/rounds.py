@@ -348,9 +348,8 @@ class Rounds:
             label_of_share(row["share"] if row["truth"] is None else float(row["truth"] == row["response_ids"][0]))
             for row in Rows(path)
         ]
-        wins, decided = labels.count(0), len(labels) - labels.count(None)
-        rate = (wins + labels.count(None) / 2) / len(labels)
-        return {**wilson_rate(wins, decided), "rate": rate, "number": len(labels), "decided": decided}
+        undecided = labels.count(None)
+        return {**wilson_rate(labels.count(0) + undecided / 2, len(labels)), "decided": len(labels) - undecided}
 
     def _pairs_of_jury(self) -> list[tuple[Any, str, str]]:
         """What the jury said of the first student's responses, of prompts that are not trained on."""
