@@ -182,7 +182,6 @@ def make_summary(
         "  ipo: {beta: [0.3, 1.0]}\n  soft_po: {alpha: [0.1, 0.3], beta: [0.02, 0.1]}\n  stable_po: {penalty_weight: [1.0]}\n"
         "seeds: [0, 1, 2]\nreward: reviews.py:sentiment\n",
         "model": "stories/reviews-sft",
-        "reference": "stories/reviews-sft",
         "dataset": {"name": "reviews_pairs", "form": "preference", "train": 4000, "test": 200, "prompts": 256},
         "quality": {"metric": "reward", "label": "Reward", "by": "reviews.py:sentiment", "baseline": -0.06},
         "base": {
@@ -202,7 +201,7 @@ def make_summary(
         "settings": settings,
         "frontiers": frontiers,
         "versus": versus,
-        "cost": {"training": sum(run["cost"] for run in runs), "judging": None, "currency": "USD", "judge_tokens": None},
+        "cost": {"training": sum(run["cost"] for run in runs), "judging": None, "currency": "USD"},
         "recommendation": {
             "method": "soft_po",
             "label": "Soft PO",
@@ -278,7 +277,7 @@ def make_judged() -> dict[str, Any]:
         "by": ["qwen-72b", "llama-70b"],
         "baseline": 0.5,
     }
-    summary["cost"] = {"training": 1.31, "judging": 0.0871, "currency": "USD", "judge_tokens": [1234567, 89012]}
+    summary["cost"] = {"training": 1.31, "judging": 0.0871, "currency": "USD"}
     summary["recommendation"] |= {
         "headline": "Soft PO with α = 0.1, β = 0.1 wins as often as DPO, and stays nearer to the reference.",
         "reasons": ["It wins against the reference in 64 % of the prompts."],
@@ -398,20 +397,19 @@ def make_nothing() -> dict[str, Any]:
             row |= {"before": estimate(None), "after": estimate(None), "difference": estimate(None)}
             row["verdict"] = "no difference seen"
     summary["machine"] = dict.fromkeys(summary["machine"])
-    summary["dataset"] |= {"train": None, "test": None, "prompts": None}
     summary["cost"] = dict.fromkeys(summary["cost"])
     summary["command"] = None
     summary["recommendation"] = make_all_failed()["recommendation"] | {"headline": "Nothing was measured."}
-    return summary | {"quality": None, "frontiers": {}, "versus": [], "notes": []}
+    return summary | {"frontiers": {}, "versus": [], "notes": []}
 
 
 def make_unpaired() -> dict[str, Any]:
-    """Without pairs there is no accuracy of preferences; the model is not the reference."""
+    """Without pairs there is no displacement."""
     summary = make_summary((("kto", "KTO", *RICH[0][2:]), ("kto", "KTO", *RICH[1][2:])))
     summary["dataset"]["form"] = "unpaired"
-    summary["reference"] = "stories/base"
     for some in [*summary["settings"], *(point for run in summary["runs"] for point in run["points"])]:
-        some["metrics"] |= {name: estimate(None, None, 0) for name in ("preference_accuracy", "margin")}
+        for name in ("preference_accuracy", "margin", "chosen_change", "rejected_change"):
+            del some["metrics"][name]
     return summary | {"versus": []}
 
 

@@ -6,11 +6,15 @@ import os
 import shutil
 import sys
 import traceback
+from dataclasses import asdict
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 
+from trl_spo.cli.main import main
 from trl_spo.comparison import Comparison, ComparisonConfig
+from trl_spo.comparison.comparison import _end_of_log, _line_of_error
 from trl_spo.synthetic import training
 from trl_spo.synthetic.files import read_json
 from trl_spo.synthetic.training import TrainingError
@@ -24,6 +28,16 @@ def length(prompts, completions, **columns):
     if os.path.exists("{broken}"):
         raise RuntimeError("the judge is ill")
     return [float(len(completion)) for completion in completions]
+"""
+
+
+RULE = """
+import os
+
+def longer(prompt, response, **columns):
+    if os.path.exists("{broken}"):
+        raise RuntimeError("the critic is ill")
+    return len(response)
 """
 
 
@@ -102,11 +116,17 @@ def make(dataset, model_path, tmp_path):
     return make
 
 
+def singles(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": f" c{i}", "label": i % 2 == 0} for i in range(40)]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "singles"))
+    return {"path": str(tmp_path / "singles"), "test_share": 0.3}
+
+
 def status(summary):
     return {run["id"]: run["status"] for run in summary["runs"]}
 
 
-def test_all_that_a_comparison_does(make, tmp_path):
+def test_all_that_a_comparison_does(make, tmp_path, caplog):
     crash = {"model_init_kwargs": {"attn_implementation": "nonsense"}}
     methods = {"dpo": {"beta": [0.1]}, "ipo": crash, "rloo": {"beta": [0.1], "max_completion_length": 6}}
     summary = make(methods=methods, price_per_hour=3600.0).run()
@@ -121,6 +141,7 @@ def test_all_that_a_comparison_does(make, tmp_path):
     assert LAUNCHED == ["dpo,beta=0.1,seed=0", "ipo,seed=0", "reward,seed=0", "rloo,beta=0.1,seed=0"]
     failed = runs["ipo,seed=0"]
     assert failed["stage"] == "training" and "nonsense" in failed["error"] and failed["points"] == []
+    assert any("ipo,seed=0: failed (" in message and "nonsense" in message for message in caplog.messages)
     assert "nonsense" in (tmp_path / "out" / "runs" / "ipo,seed=0" / "training.log").read_text()
 
     good = runs["dpo,beta=0.1,seed=0"]
@@ -147,16 +168,16 @@ def test_all_that_a_comparison_does(make, tmp_path):
     assert read_json(tmp_path / "out" / "comparison.json")["versions"] == summary["versions"]
     report = (tmp_path / "out" / "report.html").read_text()
     assert "trl-spo compare it.yaml" in report and "nonsense" in report and (tmp_path / "out" / "report.md").is_file()
-    # What is needed to resume a training is not kept after it
-    assert not list(folder.glob("*/checkpoints/*/optimizer*")) and list(
-        folder.glob("dpo*/checkpoints/*/model.safetensors")
-    )
+    # What is needed to resume a training is not kept after it, and nothing is there twice
+    assert not list(folder.glob("*/checkpoints/*/optimizer*"))
+    assert [path.name for path in folder.glob("dpo*/checkpoints/checkpoint-*")] == ["checkpoint-1"]
+    shutil.rmtree(folder / "dpo,beta=0.1,seed=0" / "checkpoints")  # what was measured of it is kept
 
     # Nothing that is done is done again; what failed is tried again
     LAUNCHED.clear()
     again = make(methods=methods, price_per_hour=3600.0).run()
     assert LAUNCHED == ["ipo,seed=0"]
-    assert again["settings"][0] == setting
+    assert again["settings"][0] == setting and again["runs"][0]["points"] == good["points"]
 
     # More seeds and settings are added
     LAUNCHED.clear()
@@ -207,6 +228,13 @@ def test_what_is_wrong_is_said_before_anything_is_trained(make, tmp_path, model_
     shutil.copytree(dataset, other)
     with pytest.raises(ValueError, match="holds another comparison: `dataset` was"):
         make(dataset={"path": str(other)})
+    shutil.rmtree(tmp_path / "out")
+    wrong = {"path": dataset, "train_split": "trian"}
+    with pytest.raises(ValueError, match="`dataset.train_split` is 'trian'"):
+        make(dataset=wrong).run()
+    with pytest.raises(ValueError, match="The method 'dpo' takes preference data"):
+        make(dataset=singles(tmp_path)).run()
+    make().prepare()  # the folder takes the right one
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds something else than a comparison"):
@@ -221,6 +249,18 @@ def test_other_options_of_a_training_are_refused_before_anything_is_lost(make, t
         make(training=training)
     with pytest.raises(ValueError, match="was done with other options: `evaluation.checkpoints` changed"):
         make(evaluation={"checkpoints": 4})
+    for name, value in (("num_processes", 8), ("accelerate_config", "zero2")):  # which make other batches
+        with pytest.raises(ValueError, match=f"was done with other options: `{name}` changed"):
+            make(**{name: value})
+    # Those of a reward model, too; one that crashed before its first checkpoint has nothing to lose
+    reward_model = tmp_path / "out" / "runs" / "reward,seed=0"
+    reward_model.mkdir()
+    done = tmp_path / "out" / "runs" / "dpo,beta=0.1,seed=0" / "training.json"
+    (reward_model / "training.json").write_bytes(done.read_bytes())
+    make(methods={"rloo": {}})
+    (reward_model / "model").mkdir()
+    with pytest.raises(ValueError, match="runs/reward,seed=0' was done with other options: `"):
+        make(methods={"rloo": {}})
     assert (tmp_path / "out" / "report.html").read_bytes() == report
     # What only the evaluation depends on is measured anew, and nothing is trained
     LAUNCHED.clear()
@@ -230,12 +270,15 @@ def test_other_options_of_a_training_are_refused_before_anything_is_lost(make, t
 
 
 def test_rlhf_needs_pairs(make, tmp_path):
-    singles = Dataset.from_list([{"prompt": f"p{i}", "completion": f" c{i}", "label": i % 2 == 0} for i in range(40)])
-    DatasetDict({"train": singles}).save_to_disk(str(tmp_path / "singles"))
-    dataset = {"path": str(tmp_path / "singles"), "test_share": 0.3}
     with pytest.raises(ValueError, match="'reward' takes preference data, and the dataset is unpaired"):
-        make(dataset=dataset, methods={"rloo": {"beta": [0.1]}}).run()
+        make(dataset=singles(tmp_path), methods={"rloo": {"beta": [0.1]}}).run()
     assert LAUNCHED == []
+
+
+def test_the_command_says_what_is_wrong_with_the_data(make, tmp_path, capsys):
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(asdict(make(dataset=singles(tmp_path)).config)))
+    assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
+    assert "trl-spo compare: The method 'dpo' takes preference data" in capsys.readouterr().err
 
 
 def test_without_matplotlib(make, monkeypatch):
@@ -276,13 +319,18 @@ def test_lists_and_adapters(make, tmp_path, model_path):
 @pytest.mark.parametrize("all_checkpoints", [False, True])
 def test_critics(make, tmp_path, all_checkpoints):
     """Without a reward function, quality is the win rate; with one, it is shown beside."""
-    (tmp_path / "rules.py").write_text("def longer(prompt, response, **columns):\n    return len(response)\n")
+    (tmp_path / "rules.py").write_text(RULE.format(broken=tmp_path / "ill"))
     critic = {"type": "rule", "name": "longer", "function": f"{tmp_path}/rules.py:longer"}
-    summary = make(
-        critics=[critic],
-        evaluation={"max_new_tokens": 6, "checkpoints": 2, "judge_checkpoints": all_checkpoints},
-        **({} if all_checkpoints else {"reward": None}),
-    ).run()
+    evaluation = {"max_new_tokens": 6, "checkpoints": 2, "judge_checkpoints": all_checkpoints}
+    changes = {"critics": [critic], "evaluation": evaluation} | ({} if all_checkpoints else {"reward": None})
+    if all_checkpoints:  # a jury that fails does not take the rewards along
+        (tmp_path / "ill").touch()
+        summary = make(**changes).run()
+        metrics = summary["settings"][0]["metrics"]
+        assert metrics["reward"]["value"] > 0 and "win_rate" not in metrics
+        assert "1 of the 1 trainings were not judged: dpo,beta=0.1,seed=0." in summary["recommendation"]["warnings"]
+        (tmp_path / "ill").unlink()
+    summary = make(**changes).run()
     assert set(status(summary).values()) == {"done"}, [run["error"] for run in summary["runs"]]
     assert summary["quality"] == {
         "metric": "win_rate",
@@ -297,3 +345,59 @@ def test_critics(make, tmp_path, all_checkpoints):
     assert sum(judged.values()) == 8 and judged["undecided"] == 0
     assert summary["frontiers"]["kl"]["dpo"][0] == (0.0, 0.5)
     assert summary["cost"]["judging"] == 0.0 and summary["cost"]["currency"] is None
+
+
+def test_which_models_are_evaluated(make, tmp_path, caplog):
+    unrolled = {"bilevel": "unrolled", "inner_learning_rate": 0.05}
+    comparison = make(methods={"dpo": {"beta": [0.1]}, "stable_po": unrolled})
+    comparison.prepare()
+    dpo, unrolled = comparison.runs
+
+    def steps(run):
+        for step in (1, 5, 10):
+            (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+        return [(model["step"], model["path"]) for model in comparison._models(run, tmp_path, tmp_path / "model")]
+
+    paths = [str(tmp_path / name) for name in ("checkpoints/checkpoint-1", "checkpoints/checkpoint-5", "model")]
+    assert steps(dpo) == list(zip((1, 5, 10), paths, strict=True))
+    assert steps(unrolled) == [(10, paths[2])]  # its checkpoints are θ, and what is deployed is θ'
+    # One that was removed, if it would be measured in the same way
+    models = comparison._models(dpo, tmp_path, tmp_path / "model")
+    comparison._keep(tmp_path, [model | {"found": {"metrics": {"kl": model["step"]}}} for model in models])
+    shutil.rmtree(paths[0])
+    first = comparison._models(dpo, tmp_path, tmp_path / "model")[0]
+    assert first["path"] is None and first["found"] == {"metrics": {"kl": 1}}
+    comparison.config.evaluation.max_new_tokens = 7
+    assert [model["step"] for model in comparison._models(dpo, tmp_path, tmp_path / "model")] == [5, 10]
+    assert "checkpoint-1' was removed, and cannot be evaluated in another way" in caplog.text
+
+
+LAUNCHER = """E1122 08:57:11 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: {code}) local_rank: 0
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "/site-packages/accelerate/commands/launch.py", line 1204, in launch_command
+    deepspeed_launcher(args)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+trl_spo.synthetic.training FAILED
+============================================================
+"""
+
+
+def test_the_error_of_a_launched_training_is_that_of_the_training(tmp_path):
+    path = tmp_path / "training.log"
+    said = "".join(f"[rank0]:   line {i}\n" for i in range(40)) + "[rank0]: ValueError: bf16 is True and False\n"
+    lost = "[rank1]: Traceback (most recent call last):\n" + 40 * "[rank1]: RuntimeError: Connection closed by peer\n"
+    path.write_text("step 1\n\n[rank0]: Traceback (most recent call last):\n" + said + lost + LAUNCHER.format(code=1))
+    found = _end_of_log(path).splitlines()
+    assert len(found) == 30 and found[0] == "[rank0]:   line 12" and "failed (exitcode: 1)" in found[-1]
+    assert _line_of_error("\n".join(found)) == "[rank0]: ValueError: bf16 is True and False"
+    # One that was killed has said nothing, and the launcher knows how it ended
+    path.write_text("step 1\n" + LAUNCHER.format(code=-9))
+    assert _line_of_error(_end_of_log(path)).endswith("failed (exitcode: -9) local_rank: 0")
+    launcher = (
+        'Traceback (most recent call last):\n  File "accelerate/commands/launch.py", line 1210, in simple_launcher\n'
+    )
+    path.write_text(f"step 1\n{launcher}subprocess.CalledProcessError: Command died with <Signals.SIGKILL: 9>.\n")
+    assert _line_of_error(_end_of_log(path)).endswith("died with <Signals.SIGKILL: 9>.")
+    assert _line_of_error("one\ntwo") == "two" and _end_of_log(tmp_path / "none") == ""

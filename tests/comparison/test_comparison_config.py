@@ -1,12 +1,16 @@
 # Copyright 2026 The trl_spo authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
+import trl_spo.comparison
 from trl_spo.cli.main import main
 from trl_spo.comparison import ComparisonConfig
-from trl_spo.comparison.comparison_config import COMPARED
+from trl_spo.comparison.comparison_config import COMPARED, EvaluationConfig
 from trl_spo.synthetic.training import METHODS
 
 
@@ -23,6 +27,21 @@ def make(training=None, **changes):
         "reward": "statistics:mean",
     }
     return ComparisonConfig(**(told | changes))
+
+
+def test_documented_grids():
+    page = Path(__file__).parents[2] / "docs" / "compare.md"
+    rows = page.read_text(encoding="utf-8").partition("| method | grid without options |")[2].partition("\n\n")[0]
+    options = {"α": "alpha", "β": "beta", "w": "penalty_weight"}
+    documented = {
+        method: {options[symbol]: [float(value) for value in values.split(", ")] for symbol, values in grid}
+        for methods, grid in (
+            (re.findall("`(\\w+)`", row), re.findall(r"(\w) ([\d., ]*\d)", row.rpartition("` | ")[2]))
+            for row in rows.splitlines()[2:]
+        )
+        for method in methods
+    }
+    assert documented == {method: grid for method, (_, grid) in COMPARED.items()}
 
 
 def test_grids_are_multiplied_out():
@@ -99,11 +118,21 @@ def test_checkpoints_are_evenly_spaced(checkpoints):
             "`learning_rate` must be a number, got the text '1e-6' .* write 1.0e-6",
         ),
         ({"reward_model": {"beta": 3}}, "`beta` is no option of `RewardConfig`"),
-        ({"seeds": []}, "`seeds` must be one seed at least, each once, got \\[\\]"),
+        ({"seeds": []}, "`seeds` must be one seed at least, whole numbers, each once, got \\[\\]"),
         ({"seeds": [1, 1]}, "got \\[1, 1\\]"),
+        ({"seeds": ["a"]}, "got \\['a'\\]"),
+        ({"seeds": 3}, "`seeds` must be a list, as in `\\[1, 2\\]`, got 3"),
+        ({"reward_model": [1]}, "`reward_model` must be a mapping of options, got \\[1\\]"),
+        ({"methods": {"dpo": 0.1}}, "`methods.dpo` must be a mapping of options, got 0.1"),
+        ({"evaluation": 3}, "`evaluation.` must have options, got 3"),
+        (
+            {"evaluation": {"num_prompts": "all"}},
+            "`evaluation.num_prompts` must be a whole number of at least 1, got 'all'",
+        ),
+        ({"evaluation": {"capabilities": None}}, "`evaluation.capabilities` must be a list"),
         ({"reward": None}, "Neither `reward` nor `critics` is given"),
         ({"reward": "nothing.py:here"}, "There is no function 'nothing.py:here'"),
-        ({"evaluation": {"checkpoints": 0}}, "`evaluation.checkpoints` must be at least 1, got 0"),
+        ({"evaluation": {"checkpoints": 0}}, "`evaluation.checkpoints` must be a whole number of at least 1, got 0"),
         ({"evaluation": {"prompts": 3}}, "There is no option `evaluation.prompts`"),
         ({"dataset": {"path": "x", "test_share": 1.0}}, "`dataset.test_share` must be between 0 and 1"),
         ({"dataset": {}}, "The option `dataset.path` is missing"),
@@ -125,9 +154,27 @@ def test_the_command_line_wins_over_the_file(tmp_path, monkeypatch):
     )
     config = ComparisonConfig.from_yaml(path, dataset="pairs", output_dir="out", methods=["ipo"], seeds=[3])
     assert (list(config.methods), config.seeds, config.model, config.dataset.path) == (["ipo"], [3], "a", "pairs")
-    path.write_text("- a list")
-    with pytest.raises(ValueError, match="must contain a YAML mapping of options"):
-        ComparisonConfig.from_yaml(path)
+    for text, message in (("- a list", "must contain a YAML mapping of options"), ("seeds: [0", "is no YAML: while")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ComparisonConfig.from_yaml(path)
+
+
+def test_what_the_command_line_does_not_say_stays_as_in_the_file(tmp_path):
+    told = {
+        "output_dir": "out",
+        "model": "m",
+        "dataset": {"path": "pairs", "test_split": "held", "max_train_rows": 9},
+        "methods": {"dpo": {"beta": [0.7], "learning_rate": 1e-4}, "ipo": {"beta": [0.3]}},
+        "reward": "statistics:mean",
+        "training": ON_CPU,
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(told) + "evaluation:\nreward_model:\npeft:\n")  # with nothing below
+    config = ComparisonConfig.from_yaml(path, methods=["dpo", "kto"], dataset="others")
+    assert config.methods == {"dpo": {"beta": [0.7], "learning_rate": 1e-4}, "kto": {}}
+    assert (config.dataset.path, config.dataset.test_split, config.dataset.max_train_rows) == ("others", "held", 9)
+    assert config.evaluation == EvaluationConfig() and config.reward_model == {}
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
@@ -137,3 +184,13 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "The option `output_dir` is missing" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_without_scipy(monkeypatch, capsys):
+    def missing(name, package):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.delitem(vars(trl_spo.comparison), "Comparison", raising=False)
+    monkeypatch.setattr("trl_spo._lazy.import_module", missing)
+    assert main(["compare", "--model", "m"]) == 2
+    assert "needs the package 'scipy'. Run `pip install \"trl-spo[eval]\"`" in capsys.readouterr().err

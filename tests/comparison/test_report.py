@@ -215,8 +215,6 @@ COLUMNS = {
     "Preference accuracy": "preference_accuracy",
     "Chosen change nats": "chosen_change",
     "Rejected change nats": "rejected_change",
-    "Desirable change nats": "chosen_change",
-    "Undesirable change nats": "rejected_change",
     "Distinct words": "distinct_1",
     "Distinct word pairs": "distinct_2",
     "Self-BLEU": "self_bleu",

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin
 from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from trl_spo.synthetic import training
@@ -151,6 +153,44 @@ def test_reward_model_joins_a_jury(dataset, model_path, tmp_path):
             dataset,
             tmp_path / "run",
         )
+
+
+def test_a_reward_model_is_whole_under_zero3(model_path, tmp_path):
+    """Though the policy's weights are sharded as they are loaded, before and after it."""
+    AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=1, pad_token_id=0).save_pretrained(
+        tmp_path
+    )
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path)
+    reward = training._reward_function(str(tmp_path), SimpleNamespace(device="cpu", deepspeed_plugin=None))
+    expected = reward(["the film", "a dog"], [" was bad", " was good"])
+    plugin = DeepSpeedPlugin(zero_stage=3, zero3_init_flag=True)
+    try:
+        plugin.set_deepspeed_weakref()
+        assert is_deepspeed_zero3_enabled()
+        reward = training._reward_function(str(tmp_path), SimpleNamespace(device="cpu", deepspeed_plugin=plugin))
+        assert is_deepspeed_zero3_enabled()
+        assert reward(["the film", "a dog"], [" was bad", " was good"]) == expected
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def test_groups_of_responses_fit_into_the_batches_of_all_processes(tmp_path):
+    options = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": 2, "num_generations": 8}
+    for method in ("rloo", "grpo"):
+        with pytest.raises(ValueError, match=r"\(2\) must be divisible by num_generations \(8\)"):
+            TrainingConfig(method=method, options=options, num_processes=1)
+        config = TrainingConfig(method=method, options=options, num_processes=4)
+        assert config.options == options and not config.reads_reference()
+        with pytest.raises(ValueError, match=r"\(6\) must be divisible by num_generations \(8\)"):
+            TrainingConfig(method=method, options=options, num_processes=3)
+        with pytest.raises(ValueError, match=r"\(8\) must be divisible by the global batch size \(16\)"):
+            TrainingConfig(method=method, options={**options, "generation_batch_size": 8}, num_processes=8)
+    # As many as the config for accelerate says
+    (tmp_path / "four.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 4\n")
+    assert (
+        TrainingConfig(method="rloo", options=options, accelerate_config=str(tmp_path / "four.yaml")).processes() == 4
+    )
+    assert TrainingConfig(method="dpo", options=OPTIONS, accelerate_config="zero2").processes() >= 1
 
 
 def test_a_small_update_of_a_student_in_bfloat16_is_not_rounded_away(dataset, model_path, tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="methods with their own grids: dpo ipo kto soft_po stable_po sspo sspo_kto rloo grpo",
+        help="only these of the file's methods, or others with the grids that they have by themselves: dpo ipo kto soft_po stable_po sspo "
+        "sspo_kto rloo grpo",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds of the trainings")
     parser.add_argument("--reward", help="reward function: package.module:function or file.py:function")
@@ -37,24 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..comparison import Comparison, ComparisonConfig
-    from ..synthetic.synthesis_config import from_dict
-
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    errors: tuple[type[Exception], ...] = ()
     try:
+        from ..comparison import Comparison, ComparisonConfig
+        from ..synthetic.synthesis_config import from_dict
+
         if args.config is not None:
             config = ComparisonConfig.from_yaml(args.config, **given)
         else:
             config = from_dict(ComparisonConfig, given, "")
         comparison = Comparison(config, command=_command())
-    except (ValueError, ImportError, OSError) as error:
+        if comparison.critics:
+            from ..synthetic.endpoint import EndpointError, SpendingLimitError
+
+            errors = (EndpointError, SpendingLimitError)
+        comparison.prepare()
+    except (ValueError, ImportError, OSError, *errors) as error:
         print(f"trl-spo compare: {error}", file=sys.stderr)
         return 2
-    errors: tuple[type[Exception], ...] = ()
-    if comparison.critics:
-        from ..synthetic.endpoint import EndpointError, SpendingLimitError
-
-        errors = (EndpointError, SpendingLimitError)
     try:
         summary = comparison.run()
     except errors as error:  # before anything is trained: later, they are in the report

@@ -5,6 +5,7 @@
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
+from ..evaluation import EXTRA
 
 
 if TYPE_CHECKING:
@@ -23,4 +24,4 @@ _PUBLIC = {
 
 __all__ = list(_PUBLIC)
 
-__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC, "eval", EXTRA)

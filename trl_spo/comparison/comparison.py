@@ -9,7 +9,9 @@ methods, settings or seeds, it adds them.
 """
 
 import json
+import re
 import shutil
+import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +23,11 @@ from transformers.utils import logging
 
 from ..evaluation.capability import Capability
 from ..evaluation.evaluation import REFERENCE, Evaluation
-from ..synthetic.files import read_json, write_json
+from ..synthetic.files import digest, read_json, write_json
 from ..synthetic.identity import local_folder, weights_identity
+from ..synthetic.store import request_key
 from ..synthetic.synthesis_config import import_function
-from ..synthetic.training import WITH_REWARD_MODEL, TrainingError, train
+from ..synthetic.training import WITH_REWARD_MODEL, TrainingConfig, TrainingError, has_begun, train
 from .comparison_config import ComparisonConfig, PlannedRun
 from .data import ComparisonData, prepare_data
 from .plots import check_plots
@@ -35,6 +38,9 @@ from .summary import summarize
 logger = logging.get_logger(__name__)
 
 _LOG_LINES = 30  # of a training that failed, in the report
+_ERROR = re.compile(
+    r"\b\w+(Error|Exception|Interrupt)\b|\(exitcode: -\d+\)"
+)  # such as ValueError, or killed by a signal
 
 
 class Comparison:
@@ -63,6 +69,34 @@ class Comparison:
         self._commit = self._refuse_another()
         self._refuse_other_trainings()
         self._reward_errors: dict[int, TrainingError] = {}
+        self._prepared: tuple[ComparisonData, Evaluation] | None = None
+
+    def prepare(self) -> tuple[ComparisonData, Evaluation]:
+        """
+        Makes the data, and checks them and the critics. [`run`] begins with it, if it was not done before.
+
+        Raises:
+            `ValueError`: the dataset has not what the methods take, or a critic cannot judge it.
+        """
+        if self._prepared is None:
+            config, path = self.config, self.folder / "config.json"
+            is_new = not path.is_file()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self._identity())
+            try:
+                data = prepare_data(config.dataset, self.folder / "data", config.seed)
+                for run in self.runs:
+                    data.form_of(run.method, run.training.form)
+                    if run.method in WITH_REWARD_MODEL:
+                        data.form_of("reward")
+            except Exception:
+                if is_new:  # so that the folder takes the dataset that was meant
+                    path.unlink()
+                    shutil.rmtree(self.folder / "data", ignore_errors=True)
+                raise
+            self.model = local_folder(config.model, self._commit)
+            self._prepared = data, self._evaluation(data)
+        return self._prepared
 
     def run(self) -> dict[str, Any]:
         """
@@ -73,16 +107,7 @@ class Comparison:
         Returns:
             `dict[str, Any]`: what is in `comparison.json`.
         """
-        config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "config.json", self._identity())
-        data = prepare_data(config.dataset, self.folder / "data", config.seed)
-        for run in self.runs:
-            data.form_of(run.method, run.training.form)
-            if run.method in WITH_REWARD_MODEL:
-                data.form_of("reward")
-        self.model = local_folder(config.model, self._commit)
-        evaluation = self._evaluation(data)
+        data, evaluation = self.prepare()
         # First of all, so that what is wrong with the reward function, the prompts or the capabilities shows before anything is trained
         base = evaluation.evaluate(self.model, REFERENCE)
         evaluation.free_memory()
@@ -92,8 +117,8 @@ class Comparison:
                 bar.set_postfix_str(run.id)
                 done.append(self._run(run, data, evaluation))
                 if done[-1]["status"] != "done":
-                    logger.warning("%s: %s (%s)", run.id, done[-1]["status"], done[-1]["error"].splitlines()[-1])
-        summary = summarize(config, self.command, data, evaluation, base, done)
+                    logger.warning("%s: %s (%s)", run.id, done[-1]["status"], _line_of_error(done[-1]["error"]))
+        summary = summarize(self.config, self.command, data, evaluation, base, done)
         write_json(self.folder / "comparison.json", summary)
         write_report(summary, self.folder)
         return summary
@@ -144,18 +169,24 @@ class Comparison:
 
     def _refuse_other_trainings(self) -> None:
         """Raises a `ValueError` if a training of the folder was done with other options, before anything is done again."""
+        trainings = {run.id: run.training for run in self.runs}
         for run in self.runs:
-            path = self.folder / "runs" / run.id / "training.json"
-            if path.is_file():
-                before, now = read_json(path), json.loads(json.dumps(asdict(run.training)))
+            if run.method in WITH_REWARD_MODEL:
+                trainings[self._reward_folder(run.seed).name] = self._reward_training(run.seed)
+        for name, training in trainings.items():
+            folder = self.folder / "runs" / name
+            if (folder / "training.json").is_file() and has_begun(folder):
+                before, now = read_json(folder / "training.json"), json.loads(json.dumps(asdict(training)))
                 options = {**before["options"], **now["options"]}
                 changed = [name for name in options if before["options"].get(name) != now["options"].get(name)]
-                changed += ["peft"] if before["peft"] != now["peft"] else []
+                # With other processes the batches would be others, too
+                shared = ("peft", "accelerate_config", "num_processes")
+                changed += [name for name in shared if before.get(name, now[name]) != now[name]]
                 changed += ["form"] if now["form"] not in (None, before["form"]) else []
                 if changed:
                     names = ", ".join("`evaluation.checkpoints`" if n == "save_steps" else f"`{n}`" for n in changed)
                     raise ValueError(
-                        f"The training '{path.parent}' was done with other options: {names} changed. Name another `output_dir`, or remove the "
+                        f"The training '{folder}' was done with other options: {names} changed. Name another `output_dir`, or remove the "
                         "folders of these trainings to do them again."
                     )
 
@@ -171,6 +202,7 @@ class Comparison:
             self.model,
             data.prompts(told.num_prompts, config.seed),
             reward=self.reward,
+            reward_identity=self._reward_identity(),
             critics=self.critics,
             pairs=data.pairs(told.num_pairs, config.seed),
             capabilities=self.capabilities,
@@ -183,6 +215,14 @@ class Comparison:
         )
         evaluation.check_critics()
         return evaluation
+
+    def _reward_identity(self) -> Any:
+        """What tells the reward function from others, if it is an object, too: the file that it was read from."""
+        if self.config.reward is None:
+            return None
+        where = self.config.reward.partition(":")[0]
+        file = where if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)  # none of a built-in
+        return [self.config.reward, file and digest(Path(file))]
 
     def _run(self, run: PlannedRun, data: ComparisonData, evaluation: Evaluation) -> dict[str, Any]:
         """Trains and evaluates once. What goes wrong is in the result, with the stage."""
@@ -206,18 +246,22 @@ class Comparison:
             )
             result |= _measured(folder, reward_model)
             result["stage"] = "evaluation"
-            checkpoints = _checkpoints(folder)
-            along = checkpoints[:-1] if self.config.evaluation.checkpoints > 1 else []
-            steps = [*along, ("end", model)]
-            last = int(checkpoints[-1][0])
-            for name, path in steps:
-                found = evaluation.evaluate(str(path), f"{run.id}/{name}", quality=False, capabilities=name == "end")
-                step = last if name == "end" else int(name)
-                result["points"].append({"step": step, "final": name == "end", "found": found})
+            models = self._models(run, folder, model)
+            for point in models:
+                if point["path"] is not None:
+                    point["found"] = evaluation.evaluate(
+                        point["path"], point["name"], quality=False, capabilities=point["final"]
+                    )
+                result["points"].append(point)
             result |= {"stage": "judge", "status": "unjudged"}
-            for point, (name, path) in zip(result["points"], steps, strict=True):
-                judge, last = name == "end" or self.config.evaluation.judge_checkpoints, name == "end"
-                point["found"] = evaluation.evaluate(str(path), f"{run.id}/{name}", judge=judge, capabilities=last)
+            for judge in (False, True):  # so that a jury that fails does not take the rewards along
+                for point in models:
+                    asked = self.critics and (point["final"] or self.config.evaluation.judge_checkpoints)
+                    if point["path"] is not None and (asked or not judge):
+                        point["found"] = evaluation.evaluate(
+                            point["path"], point["name"], judge=judge, capabilities=point["final"]
+                        )
+            self._keep(folder, models)
             result |= {"stage": None, "status": "done"}
         except TrainingError as error:
             log = folder if result["stage"] == "training" else self._reward_folder(run.seed)
@@ -228,6 +272,42 @@ class Comparison:
             evaluation.free_memory()
         return result
 
+    def _models(self, run: PlannedRun, folder: Path, model: Path) -> list[dict[str, Any]]:
+        """
+        What is evaluated of a training, in order of its steps. A checkpoint that was removed has what was `found` of it instead of a `path`, if
+        it would be measured in the same way today.
+        """
+        kept = _checkpoints(folder)
+        *along, end = kept["steps"]
+        found = kept["metrics"] if kept["key"] == self._evaluation_key() else {}
+        models = []
+        for step in along if self.config.evaluation.checkpoints > 1 and not run.is_unrolled else ():
+            path = folder / "checkpoints" / f"checkpoint-{step}"
+            point = {"step": step, "final": False, "name": f"{run.id}/{step}", "path": str(path)}
+            if not path.is_dir() and str(step) in found:
+                point |= {"path": None, "found": {"metrics": found[str(step)]}}
+            elif not path.is_dir():
+                logger.warning("'%s' was removed, and cannot be evaluated in another way than before.", path)
+                continue
+            models.append(point)
+        return [*models, {"step": end, "final": True, "name": f"{run.id}/end", "path": str(model)}]
+
+    def _keep(self, folder: Path, models: list[dict[str, Any]]) -> None:
+        """Keeps what was found of the checkpoints, so that they can be removed."""
+        kept, key = _checkpoints(folder), self._evaluation_key()
+        metrics = kept["metrics"] if kept["key"] == key else {}
+        metrics |= {str(point["step"]): point["found"]["metrics"] for point in models if not point["final"]}
+        write_json(folder / "checkpoints.json", kept | {"key": key, "metrics": metrics})
+
+    def _evaluation_key(self) -> str:
+        """What tells how checkpoints are measured."""
+        _, evaluation = self.prepare()
+        told = {**asdict(self.config.evaluation), "checkpoints": None, "capabilities": None}
+        return request_key(told=repr([told, evaluation.reward_identity, self.config.critics, self.config.seed]))
+
+    def _reward_training(self, seed: int) -> TrainingConfig:
+        return self.config.make_training("reward", self.config.reward_model, seed)
+
     def _reward_folder(self, seed: int) -> Path:
         return self.folder / "runs" / f"reward,seed={seed}"
 
@@ -237,9 +317,8 @@ class Comparison:
             raise self._reward_errors[seed]
         folder = self._reward_folder(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        training = self.config.make_training("reward", self.config.reward_model, seed)
         try:
-            return train(training, self.model, data.folder, folder, log=folder / "training.log")
+            return train(self._reward_training(seed), self.model, data.folder, folder, log=folder / "training.log")
         except TrainingError as error:
             self._reward_errors[seed] = error
             raise
@@ -270,13 +349,23 @@ def _make_capability(options: dict[str, Any]) -> Capability:
         raise ValueError(f"The options of the capability {name!r} cannot be used: {error}.") from error
 
 
-def _checkpoints(folder: Path) -> list[tuple[str, Path]]:
-    """The checkpoints by their steps. The state of their optimizers, which is no longer needed, is removed."""
-    paths = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in paths:
-        for of_optimizer in (*path.glob("optimizer*"), *path.glob("global_step*")):
+def _checkpoints(folder: Path) -> dict[str, Any]:
+    """
+    What is kept of the checkpoints of a training that is done: their `steps`, and what was measured of them. The state of their optimizers,
+    which is no longer needed, is removed, and the last one, which is the model.
+    """
+    path = folder / "checkpoints.json"
+    found = {int(one.name.rpartition("-")[2]): one for one in (folder / "checkpoints").glob("checkpoint-*")}
+    if not path.is_file():
+        write_json(path, {"steps": sorted(found), "key": None, "metrics": {}})
+    kept = read_json(path)
+    for step, checkpoint in found.items():
+        if step == kept["steps"][-1]:
+            shutil.rmtree(checkpoint)
+            continue
+        for of_optimizer in (*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")):
             shutil.rmtree(of_optimizer) if of_optimizer.is_dir() else of_optimizer.unlink()
-    return [(path.name.rpartition("-")[2], path) for path in paths]
+    return kept
 
 
 def _measured(folder: Path, reward_model: Path | None) -> dict[str, Any]:
@@ -290,7 +379,24 @@ def _measured(folder: Path, reward_model: Path | None) -> dict[str, Any]:
 
 
 def _end_of_log(path: Path) -> str:
+    """The last lines of a log, without those that the launcher adds after the error of the training."""
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-_LOG_LINES:])
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = max((i for i, line in enumerate(lines) if line.startswith("Traceback")), default=len(lines))
+    own = lines[:last] if any("accelerate/commands/launch.py" in line for line in lines[last:]) else lines
+    first = re.findall(r"\(exitcode: -?\d+\) local_rank: (\d+)", text)
+    if first and any(
+        line.startswith(f"[rank{first[-1]}]:") for line in own
+    ):  # the others say that they have lost this one
+        own = [line for line in own if line.startswith(f"[rank{first[-1]}]:") or not line.startswith("[rank")]
+    said = own[-_LOG_LINES:]
+    if not any(_ERROR.search(line) for line in said):  # it was killed, and only the launcher knows
+        said = lines[-_LOG_LINES:]
+    return "\n".join(said)
+
+
+def _line_of_error(text: str) -> str:
+    lines = text.splitlines()
+    return next((line for line in reversed(lines) if _ERROR.search(line)), lines[-1])

@@ -104,8 +104,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_pairs", "checkpoints", "num_responses", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`evaluation.{name}` must be at least 1, got {getattr(self, name)}.")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(
+                    f"`evaluation.{name}` must be a whole number of at least 1, got {getattr(self, name)!r}."
+                )
+        _check_kinds(self, "evaluation.", {"capabilities": list})
 
 
 @dataclass(kw_only=True)
@@ -183,10 +186,11 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         if isinstance(self.dataset, str):
             self.dataset = {"path": self.dataset}
-        if isinstance(self.dataset, dict):
+        if not isinstance(self.dataset, DataConfig):
             self.dataset = from_dict(DataConfig, self.dataset, "dataset.")
-        if isinstance(self.evaluation, dict):
+        if not isinstance(self.evaluation, EvaluationConfig):
             self.evaluation = from_dict(EvaluationConfig, self.evaluation, "evaluation.")
+        _check_kinds(self, "", {"seeds": list, "training": dict, "reward_model": dict, "critics": list})
         if isinstance(self.methods, list):
             self.methods = {name: {} for name in self.methods}
         if not isinstance(self.methods, dict) or not self.methods:
@@ -197,8 +201,9 @@ class ComparisonConfig:
                 hint = f"Did you mean {close[0]!r}?" if close else f"They are {list(COMPARED)}."
                 raise ValueError(f"`methods` has {name!r}, which is no method that can be compared. {hint}")
             self.methods[name] = self.methods[name] or {}
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` must be one seed at least, each once, got {self.seeds}.")
+        _check_kinds(self.methods, "methods.", dict.fromkeys(self.methods, dict))
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or {type(seed) for seed in self.seeds} != {int}:
+            raise ValueError(f"`seeds` must be one seed at least, whole numbers, each once, got {self.seeds}.")
         if self.reward is None and not self.critics:
             raise ValueError(
                 "Neither `reward` nor `critics` is given, so that nobody could say which responses are better. Name a reward function "
@@ -218,9 +223,31 @@ class ComparisonConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "ComparisonConfig":
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        """
+        The config of a file.
+
+        Args:
+            path (`str` or `Path`):
+                The YAML file.
+            overrides:
+                Options that win over those of the file. `methods` as a list of names are those of the file with their grids there, or others; of
+                `dataset` as a text, the options in the file stay.
+
+        Raises:
+            `ValueError`: it is no YAML, or an option is unknown, missing or out of its range.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"'{path}' is no YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"'{path}' must contain a YAML mapping of options, got {values!r:.200}.")
+        values = {name: value for name, value in values.items() if value is not None}  # `training:` with nothing below
+        methods, dataset = (values.get(name) for name in ("methods", "dataset"))
+        if isinstance(overrides.get("methods"), list) and isinstance(methods, dict):
+            overrides["methods"] = {name: methods.get(name, {}) for name in overrides["methods"]}
+        if isinstance(overrides.get("dataset"), str) and isinstance(dataset, dict):
+            overrides["dataset"] = {**dataset, "path": overrides["dataset"]}
         return from_dict(cls, {**values, **overrides}, "")
 
     def planned_runs(self) -> "list[PlannedRun]":
@@ -283,6 +310,15 @@ class ComparisonConfig:
         )
 
 
+def _check_kinds(options: Any, where: str, kinds: dict[str, type]) -> None:
+    """Raises a `ValueError` for an option that YAML has as something else than a list or a mapping."""
+    for name, kind in kinds.items():
+        found = options[name] if isinstance(options, dict) else getattr(options, name)
+        if not isinstance(found, kind):
+            what = "list, as in `[1, 2]`" if kind is list else "mapping of options"
+            raise ValueError(f"`{where}{name}` must be a {what}, got {found!r:.200}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
     """
@@ -303,6 +339,12 @@ class PlannedRun:
     setting: dict[str, Any]
     seed: int
     training: TrainingConfig
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether its checkpoints are θ, and its model is θ', as in the unrolled form of Stable PO."""
+        options = self.training.options
+        return options.get("bilevel") == "unrolled" and options.get("deploy_inner_steps", 1) > 0
 
     @property
     def label(self) -> str:

@@ -104,18 +104,11 @@ def setting_name(setting: dict[str, Any]) -> str:
     return f"{setting['label']}, {setting['setting_label']}" if setting["setting_label"] else setting["label"]
 
 
-def response_names(summary: dict[str, Any]) -> tuple[str, str]:
-    """What the responses are called whose log-probabilities `chosen_change` and `rejected_change` are about."""
-    if summary["dataset"]["form"] == "unpaired":
-        return "Desirable responses", "Undesirable responses"
-    return "Chosen responses", "Rejected responses"
-
-
 def best_settings(summary: dict[str, Any]) -> list[int]:
     """Of each method, the setting that was compared with the other methods' best ones, or else the one of the best quality."""
     settings = summary["settings"]
     compared = {(row[which], row[f"{which}_setting"]) for row in summary["versus"] for which in ("first", "second")}
-    metric = summary["quality"] and summary["quality"]["metric"]
+    metric = summary["quality"]["metric"]
 
     def rank(i: int) -> tuple[bool, float]:
         found = value(settings[i]["metrics"].get(metric))

@@ -23,7 +23,6 @@ from .plot_style import (
     new_figure,
     picture,
     place_labels,
-    response_names,
     setting_marks,
     setting_name,
     shortened,
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 def _frontier(summary: dict[str, Any], axis: str, label: str) -> Figure | None:
     quality = summary["quality"]
-    if quality is None:
-        return None
     settings, marks = summary["settings"], setting_marks(summary)
     finals = [
         (setting, mark, setting["metrics"][axis], setting["metrics"][quality["metric"]])
@@ -119,9 +116,7 @@ def shown_quality(summary: dict[str, Any]) -> tuple[str, str, float | None] | No
     if any(value(setting["metrics"].get("win_rate")) is not None for setting in summary["settings"]):
         return "win_rate", "Win rate against the reference", 0.5
     quality = summary["quality"]
-    if quality and any(
-        value(setting["metrics"].get(quality["metric"])) is not None for setting in summary["settings"]
-    ):
+    if any(value(setting["metrics"].get(quality["metric"])) is not None for setting in summary["settings"]):
         base = value(summary["base"]["metrics"].get(quality["metric"]))
         return quality["metric"], quality["label"], quality["baseline"] if base is None else base
     return None
@@ -169,7 +164,7 @@ def displacement(summary: dict[str, Any]) -> Figure | None:
             most = max(map(len, values.values()), default=0)  # a mean over fewer runs would jump
             line = [(step, sum(some) / most) for step, some in sorted(values.items()) if len(some) == most]
             if line:
-                found.append((i, line if summary["model"] != summary["reference"] else [(0, 0.0), *line]))
+                found.append((i, [(0, 0.0), *line]))
     curves = {metric: found for metric, found in curves.items() if found}
     if not curves:
         return None
@@ -178,7 +173,7 @@ def displacement(summary: dict[str, Any]) -> Figure | None:
         {settings[i]["method"] for found in curves.values() for i, _ in found},
         height=1.0 + 1.7 * len(curves),
     )
-    titles = dict(zip(("chosen_change", "rejected_change"), response_names(summary), strict=True))
+    titles = {"chosen_change": "Chosen responses", "rejected_change": "Rejected responses"}
     all_axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for axes, (metric, found) in zip(all_axes, curves.items(), strict=True):
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHES, zorder=1)

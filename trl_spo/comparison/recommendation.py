@@ -3,8 +3,8 @@
 """
 Which method a comparison speaks for, and why.
 
-The rule: of the settings that are better than the reference beyond chance and have lost no capability, those that cannot be told from the one with the
-highest quality, prompt by prompt; of these, the best among the quickest to train. What speaks against it is said, too.
+The rule: of the settings that are better than the reference beyond chance and have lost no capability, those that none of higher quality is better than
+beyond chance, prompt by prompt; of these, the best among the quickest to train. What speaks against it is said, too.
 """
 
 import math
@@ -54,8 +54,9 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
         for setting in better:
             reasons.append(f"{_name(setting)} is better than the reference, but lost {_lost(setting)}.")
         if not better:
+            several = f", adjusted for {len(measured)} settings" if len(measured) > 1 else ""
             reasons.append(
-                "The interval of none of them is above the reference's value. More prompts or seeds may tell them apart, or more training."
+                f"By the paired test{several}, none is better than the reference. More prompts or seeds may tell them apart, or more training."
             )
         why = (
             "each that is better has lost a capability"
@@ -68,26 +69,25 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
             "reasons": reasons,
             "warnings": _warnings(summary, None),
         }
-    top = max(sound, key=lambda setting: _value(setting, metric))
-    equals = [setting for setting in sound if setting is top or _as_good(setting, top)]
+    sound.sort(key=lambda setting: -_value(setting, metric))
+    # Those that none above them is better than: the first is among them
+    equals = [s for i, s in enumerate(sound) if all(_alike(s, higher) for higher in sound[:i])]
     quick = [setting for setting in equals if _seconds(setting) <= _QUICK * min(map(_seconds, equals))]
-    chosen = max(quick, key=lambda setting: _value(setting, metric))
+    top, chosen = sound[0], quick[0]
     label = "reward" if metric == "reward" else "win rate"
     reasons = [
         f"Its {label} is {_shown(chosen['metrics'][metric])}, beside {number(quality['baseline'])} of the reference."
     ]
-    alike = [setting for setting in measured if not regressed(setting) and _as_good(setting, top)]
-    others = sorted((s for s in alike if s is not chosen), key=lambda setting: -_value(setting, metric))
+    rest = [setting for setting in measured if setting is not chosen and not regressed(setting)]
+    others = sorted((s for s in rest if _alike(s, chosen)), key=lambda setting: -_value(setting, metric))
     if others:
-        shown = ", ".join(f"{_name(s)} ({_shown(s['metrics'][metric])})" for s in others[:_NAMED])
-        shown += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        reasons.append(f"It cannot be told from {shown}, prompt by prompt.")
-        if chosen is not top:
-            reasons.append(
-                f"Of these, {_name(top)} is the highest, but its training took {_seconds(top) / _seconds(chosen):.1f} times as long."
-            )
-    elif len(measured) > 1:
+        reasons.append(f"It cannot be told from {_named(others, metric)}, prompt by prompt.")
+    elif rest and all(_value(setting, metric) < _value(chosen, metric) for setting in rest):
         reasons.append("It is better than each of the others that lost no capability, prompt by prompt.")
+    if chosen is not top:
+        reasons.append(
+            f"{_name(top)} is higher, but its training took {_seconds(top) / _seconds(chosen):.1f} times as long."
+        )
     kl = chosen["metrics"].get("kl")
     if kl is not None:
         reasons.append(f"Its KL divergence to the reference is {_shown(kl)} nats a response.")
@@ -95,11 +95,10 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
     if known:
         names = ", ".join(f"{c['name']} ({c['verdict']})" for c in known)
         reasons.append(f"It has lost no capability that was measured: {names}.")
-    for setting in better:
-        if regressed(setting) and _value(setting, metric) > _value(chosen, metric):
-            reasons.append(
-                f"{_name(setting)} has a higher {label}, {_shown(setting['metrics'][metric])}, but lost {_lost(setting)}."
-            )
+    for setting in measured:
+        if _value(setting, metric) > _value(chosen, metric) and setting not in sound:
+            why = f"lost {_lost(setting)}" if regressed(setting) else "is not better than the reference beyond chance"
+            reasons.append(f"{_name(setting)} has a higher {label}, {_shown(setting['metrics'][metric])}, but {why}.")
     return {
         **{name: chosen[name] for name in ("method", "label", "setting", "setting_label")},
         "headline": f"{_name(chosen)} is recommended.",
@@ -110,19 +109,21 @@ def recommend(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _warnings(summary: dict[str, Any], chosen: dict[str, Any] | None) -> list[str]:
     found = []
-    failed = [run for run in summary["runs"] if run["status"] != "done"]
-    if failed:
-        found.append(
-            f"{len(failed)} of the {len(summary['runs'])} trainings have no result: {', '.join(run['id'] for run in failed)}."
-        )
+    for status, what in (("failed", "have no result"), ("unjudged", "were not judged")):
+        runs = [run["id"] for run in summary["runs"] if run["status"] == status]
+        if runs:
+            found.append(f"{len(runs)} of the {len(summary['runs'])} trainings {what}: {', '.join(runs)}.")
     prompts = summary["dataset"]["prompts"]
     if prompts < _FEW_PROMPTS:
         found.append(
             f"There are {prompts} prompts only. With fewer than {_FEW_PROMPTS}, even large differences may be chance."
         )
-    if any(len(setting["seeds"]) - len(setting["failed"]) < 2 for setting in summary["settings"]):
+    of_seeds = [(setting, len(setting["seeds"]) - len(setting["failed"])) for setting in summary["settings"]]
+    single = [setting for setting, number in of_seeds if number == 1]
+    if single:
+        of_all = all(number < 2 for _, number in of_seeds)
         found.append(
-            "Each setting was trained with one seed: the intervals do not know how much another seed would change."
+            f"There is one seed of {'each setting' if of_all else _named(single)}: the intervals do not know how much another seed would change."
         )
     if chosen is None:
         return found
@@ -151,6 +152,12 @@ def _name(setting: dict[str, Any]) -> str:
     return f"{setting['label']} with {setting['setting_label']}" if setting["setting_label"] else setting["label"]
 
 
+def _named(settings: Sequence[dict[str, Any]], metric: str | None = None) -> str:
+    """The first of them, with what they have of a metric."""
+    shown = [_name(s) if metric is None else f"{_name(s)} ({_shown(s['metrics'][metric])})" for s in settings[:_NAMED]]
+    return ", ".join(shown) + (f" and {len(settings) - _NAMED} more" if len(settings) > _NAMED else "")
+
+
 def _value(setting: dict[str, Any], name: str) -> float | None:
     return setting["metrics"].get(name, {}).get("value")
 
@@ -166,10 +173,10 @@ def _is_better(setting: dict[str, Any], quality: dict[str, Any]) -> bool:
     return better and p_value is not None and p_value < _LEVEL
 
 
-def _as_good(setting: dict[str, Any], top: dict[str, Any]) -> bool:
-    """Whether it cannot be told from the best of those that have lost nothing, prompt by prompt."""
-    behind = setting["behind_best"]
-    return setting is top or behind["p_value"] is None or behind["p_value"] >= _LEVEL
+def _alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two that have lost nothing cannot be told apart, prompt by prompt."""
+    p_value = first["p_values"][second["id"]]
+    return p_value is None or p_value >= _LEVEL
 
 
 def _seconds(setting: dict[str, Any]) -> float:

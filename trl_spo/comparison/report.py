@@ -14,7 +14,7 @@ from markupsafe import Markup
 from trl_spo.synthetic.files import replacing
 
 from .inline_svg import color_styles, inline_svg, marker_svg
-from .plot_style import GRID, INK, MUTED, response_names, save
+from .plot_style import GRID, INK, MUTED, save
 from .plots import DIVERSITY, PICTURES, shown_quality
 from .report_numbers import NONE, Shown, count, duration, estimate, memory, money
 from .report_tables import (
@@ -120,15 +120,12 @@ def _captions(summary: dict[str, Any], name: str) -> tuple[str, str]:
             line = "" if baseline is None else " Dashed: as good as the reference."
             return f"{label}, by setting", f"{_sentence(metric_spread(summary, (metric,), 'prompts'))}{line}"
         case "displacement":
-            kinds = [text.lower() for text in response_names(summary)]
-            intervals = metric_spread(summary, ("chosen_change", "rejected_change"), _held_out(summary))
+            intervals = metric_spread(summary, ("chosen_change", "rejected_change"), "held-out pairs")
+            at_the_end = f"At the end: {_INTERVALS} {intervals}." if intervals else "There are no intervals."
             return "Log-probability of held-out responses", (
-                f"How the log-probability of held-out responses changes against the reference{mean}. Where the line of {kinds[0]} "
+                f"How the log-probability of held-out responses changes against the reference{mean}. Where the line of chosen responses "
                 "falls, the model writes what it was to prefer less often than before. Thick: each method's best setting. "
-                f"Thin: the others. At the end: {_INTERVALS} {intervals}."
-                if intervals
-                else f"How the log-probability of {kinds[0]} and {kinds[1]} changes against the reference{mean}. Thick: each method's best "
-                "setting. Thin: the others. There are no intervals."
+                f"Thin: the others. {at_the_end}"
             )
         case "capabilities":
             intervals = capability_spread(summary, "difference")
@@ -159,16 +156,13 @@ def _captions(summary: dict[str, Any], name: str) -> tuple[str, str]:
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     dataset, quality = summary["dataset"], summary["quality"]
-    rows = [(dataset["train"], "to train on"), (dataset["test"], "held out")]
-    rows = [f"{count(number)} {text}" for number, text in rows if number is not None]
-    facts = [("Data", f"{dataset['name']}: {_FORMS[dataset['form']]}" + (f", {', '.join(rows)}" if rows else ""))]
-    if quality is not None:
-        by = quality["by"] if isinstance(quality["by"], str) else ", ".join(quality["by"])
-        facts.append(("Judged by" if quality["metric"] == "win_rate" else "Reward", by))
-    if dataset["prompts"] is not None:
-        facts.append(("Evaluated on", f"{count(dataset['prompts'])} prompts"))
-    if summary["reference"] != summary["model"]:
-        facts.append(("Reference", summary["reference"]))
+    rows = f"{count(dataset['train'])} to train on, {count(dataset['test'])} held out"
+    by = quality["by"] if isinstance(quality["by"], str) else ", ".join(quality["by"])
+    facts = [
+        ("Data", f"{dataset['name']}: {_FORMS[dataset['form']]}, {rows}"),
+        ("Judged by" if quality["metric"] == "win_rate" else "Reward", by),
+        ("Evaluated on", f"{count(dataset['prompts'])} prompts"),
+    ]
     statuses = [run["status"] for run in summary["runs"]]
     others = {"failed": "failed", "unjudged": "not judged"}
     counts = [f"{statuses.count('done')} of {len(statuses)} done"]
@@ -182,8 +176,7 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, Shown]]:
     setting = recommended_setting(summary)
     if setting is None:
         return []
-    chosen = response_names(summary)[0].split()[0]
-    metrics = {**quality_metrics(summary), "kl": "KL, nats", "chosen_change": f"{chosen} change, nats"}
+    metrics = {**quality_metrics(summary), "kl": "KL, nats", "chosen_change": "Chosen change, nats"}
     tiles = [
         (title, estimate(setting["metrics"].get(name), "+" if name == "chosen_change" else ""))
         for name, title in metrics.items()
@@ -198,8 +191,6 @@ def _totals(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("All trainings", money(cost["training"], cost["currency"])),
         ("Judging", money(cost["judging"], cost["currency"])),
     ]
-    if cost.get("judge_tokens") is not None:
-        totals.append(("Tokens of the judge", " read, ".join(map(count, cost["judge_tokens"])) + " written"))
     return [(title, text) for title, text in totals if text != NONE]
 
 
@@ -249,7 +240,7 @@ def _context(summary: dict[str, Any]) -> dict[str, Any]:
 def _settings_spread(summary: dict[str, Any]) -> str:
     """What the intervals of the table of settings are over."""
     by_prompts = metric_spread(summary, (*quality_metrics(summary), "kl", "entropy", "length"), "prompts")
-    by_pairs = metric_spread(summary, ("preference_accuracy", "chosen_change", "rejected_change"), _held_out(summary))
+    by_pairs = metric_spread(summary, ("preference_accuracy", "chosen_change", "rejected_change"), "held-out pairs")
     if not by_prompts or not by_pairs or by_prompts == by_pairs:
         return by_prompts or by_pairs
     return f"{by_prompts} (of accuracy and log-probabilities: {by_pairs})"
@@ -257,10 +248,6 @@ def _settings_spread(summary: dict[str, Any]) -> str:
 
 def _several_seeds(summary: dict[str, Any]) -> bool:
     return any(len(setting["seeds"]) > 1 for setting in summary["settings"])
-
-
-def _held_out(summary: dict[str, Any]) -> str:
-    return "held-out responses" if summary["dataset"]["form"] == "unpaired" else "held-out pairs"
 
 
 def _regressed(summary: dict[str, Any]) -> list[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .plot_style import Mark, interval, response_names, setting_marks, value
+from .plot_style import Mark, interval, setting_marks, value
 from .plots import DIVERSITY
 from .report_numbers import NONE, Shown, count, duration, estimate, known, memory, money, p_value
 
@@ -75,20 +75,18 @@ def _without_empty(table: Table) -> Table:
 def quality_metrics(summary: dict[str, Any]) -> dict[str, str]:
     """The metrics that say how good responses are, with their titles: that of the comparison first."""
     titles = {"reward": "Reward", "win_rate": "Win rate"}
-    first = [] if summary["quality"] is None else [summary["quality"]["metric"]]
+    first = summary["quality"]["metric"]
     others = [
         name
         for name in titles
-        if name not in first
-        and any(value(setting["metrics"].get(name)) is not None for setting in summary["settings"])
+        if name != first and any(value(setting["metrics"].get(name)) is not None for setting in summary["settings"])
     ]
-    return {name: titles[name] for name in first + others}
+    return {name: titles[name] for name in [first, *others]}
 
 
 def settings_table(summary: dict[str, Any]) -> Table:
     """What came out of each setting, below the reference."""
     settings, base = summary["settings"], summary["base"]["metrics"]
-    chosen, rejected = (name.split()[0] for name in response_names(summary))
     # Name, title, unit, sign, and whether there is a best one
     metrics: list[tuple[str, Column, str, bool]] = [
         *((name, Column(title), "", True) for name, title in quality_metrics(summary).items()),
@@ -96,8 +94,8 @@ def settings_table(summary: dict[str, Any]) -> Table:
         ("entropy", Column("Entropy", "nats"), "", False),
         ("length", Column("Length", "tokens"), "", False),
         ("preference_accuracy", Column("Preference accuracy"), "", True),
-        ("chosen_change", Column(f"{chosen} change", "nats"), "+", True),
-        ("rejected_change", Column(f"{rejected} change", "nats"), "+", False),
+        ("chosen_change", Column("Chosen change", "nats"), "+", True),
+        ("rejected_change", Column("Rejected change", "nats"), "+", False),
     ]
     columns = [Column("Setting", numeric=False), Column("Seeds")]
     rows = [
@@ -323,7 +321,7 @@ def metric_spread(summary: dict[str, Any], metrics: Iterable[str], noun: str) ->
 
 def versus_spread(summary: dict[str, Any]) -> str:
     """What the intervals of the differences between methods are over."""
-    metric = summary["quality"] and summary["quality"]["metric"]
+    metric = summary["quality"]["metric"]
     of = {(s["method"], s["setting_label"]): trainings(summary, s, metric) for s in summary["settings"]}
     found = []
     for row in summary["versus"]:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came out of a comparison, in one dict that JSON can hold: `comparison.json`, from which the report is made."""
 
+import itertools
 import os
 import platform
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 from ..evaluation.capability import compare_capability
-from ..evaluation.evaluation import Evaluation
+from ..evaluation.evaluation import SHARES, Evaluation
 from ..evaluation.frontier import upper_frontier
 from ..evaluation.statistics import crossed_difference, crossed_estimate, holm
 from ..synthetic.redaction import without_secrets
@@ -72,7 +73,7 @@ def summarize(
     for setting, of_setting in zip(settings, _by_setting(results).values(), strict=True):
         setting["cost"] = _mean([result["cost"] for result in of_setting])
     best = _best_of_methods(settings, metric)
-    _add_distance_to_best(settings, results, metric)
+    _add_tests(settings, results, metric)
     for setting, p_value in zip(settings, holm([setting["p_value"] for setting in settings]), strict=True):
         setting["adjusted_p_value"] = p_value
     versus = _versus(best, results, metric)
@@ -82,13 +83,16 @@ def summarize(
         )
     if any(result["run"].method in ("rloo", "grpo") for result in results):
         notes.append("The time of RLHF has that of its reward model in it.")
+    if config.evaluation.checkpoints > 1 and any(result["run"].is_unrolled for result in results):
+        notes.append(
+            "Of Stable PO with `bilevel: unrolled`, the end is evaluated only: its checkpoints are θ, and what is deployed is θ', which is made of it then."
+        )
     summary: dict[str, Any] = {
         "versions": {name: version(name) for name in _PACKAGES},
         "machine": _machine(config),
         "command": command,
         "config": yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True),
         "model": config.model,
-        "reference": config.model,
         "dataset": {
             "name": config.dataset.path,
             "form": data.forms[0],
@@ -153,7 +157,7 @@ def _setting(results: Sequence[dict[str, Any]], base: dict[str, Any], quality: s
         if values is not None:
             # Of one training, with the interval that suits the metric
             metrics[name] = (
-                crossed_estimate(values)
+                crossed_estimate(values, name in SHARES)
                 if len(values) > 1
                 else next(f["metrics"][name] for f in found if name in f["units"])
             )
@@ -162,7 +166,7 @@ def _setting(results: Sequence[dict[str, Any]], base: dict[str, Any], quality: s
             if len(found) == 1:
                 metrics[name] = found[0]["metrics"][name]
             elif None not in of_seeds:
-                metrics[name] = crossed_estimate(np.array(of_seeds)[:, None])
+                metrics[name] = crossed_estimate(np.array(of_seeds)[:, None], name in SHARES)
                 metrics[name]["number"] = len(of_seeds)  # what its interval is over
     judged = [final["metrics"]["win_rate"] for final in found if "win_rate" in final["metrics"]]
     capabilities = []
@@ -202,16 +206,16 @@ def _best_of_methods(settings: Sequence[dict[str, Any]], quality: str) -> list[d
     return list(best.values())
 
 
-def _add_distance_to_best(settings: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], quality: str) -> None:
-    """By how much each setting's quality is below that of the best one that has lost no capability, prompt by prompt."""
+def _add_tests(settings: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], quality: str) -> None:
+    """Of those that have lost no capability, the p-values against each other's quality, prompt by prompt."""
     groups = _by_setting(results)
-    measured = [setting for setting in settings if setting["metrics"].get(quality, {}).get("value") is not None]
-    sound = [setting for setting in measured if not regressed(setting)]
-    top = max(sound or measured, key=lambda setting: setting["metrics"][quality]["value"], default=None)
     for setting in settings:
-        values = _units(groups[setting["id"]], quality)
-        behind = top is not None and values is not None
-        setting["behind_best"] = crossed_difference(_units(groups[top["id"]], quality), values) if behind else None
+        setting["p_values"] = {}
+    sound = [s for s in settings if s["metrics"].get(quality, {}).get("value") is not None and not regressed(s)]
+    for first, second in itertools.combinations(sound, 2):
+        values = [_units(groups[setting["id"]], quality) for setting in (first, second)]
+        p_value = crossed_difference(*values)["p_value"]
+        first["p_values"][second["id"]] = second["p_values"][first["id"]] = p_value
 
 
 def _versus(best: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], quality: str) -> list[dict[str, Any]]:

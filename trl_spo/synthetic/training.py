@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ _COLUMNS = {
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # which all forms may have
 _OURS = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token")
 _PATHS = ("model", "dataset", "reference", "reward_model")  # which tell nothing: what is there is compared instead
+_LAUNCH = (
+    "accelerate_config",
+    "num_processes",
+)  # with another of which a training can go on; a comparison refuses it by itself
 
 
 class TrainingError(RuntimeError):
@@ -126,14 +130,39 @@ class TrainingConfig:
             accelerate_config_path(self.accelerate_config)
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"`num_processes` must be at least 1, got {self.num_processes}.")
-        self.make_args("unused")
+        self.planned_args()
         if self.peft is not None:
             self.make_peft_config()
 
-    def make_args(self, output_dir: str) -> Any:
+    def make_args(self, output_dir: str, **changes: Any) -> Any:
         """The config of the trainer."""
         _, config_name, fixed, _ = METHODS[self.method]
-        return _import(config_name)(output_dir=output_dir, **fixed, **self.options)
+        return _import(config_name)(output_dir=output_dir, **fixed, **{**self.options, **changes})
+
+    def planned_args(self) -> Any:
+        """The config of the trainer in one process that has the batches of all those that are going to be launched."""
+        batches = {}
+        if self.method in WITH_REWARD_MODEL:  # whose config checks that whole groups of responses fit into them
+            for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+                of_one = self.options.get(name, getattr(config_class(self.method), name))
+                batches[name] = self.processes() * of_one
+        return self.make_args("unused", **batches)
+
+    def processes(self) -> int:
+        """How many processes it is launched with."""
+        if self.num_processes is not None:
+            return self.num_processes
+        from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+        file = (
+            default_config_file if self.accelerate_config is None else accelerate_config_path(self.accelerate_config)
+        )
+        number = load_config_from_file(file).num_processes if Path(file).is_file() else -1
+        if number == -1:  # the packaged ones leave it open
+            import torch
+
+            number = max(torch.cuda.device_count(), 1)
+        return number
 
     def make_peft_config(self) -> Any:
         from peft import LoraConfig
@@ -146,7 +175,7 @@ class TrainingConfig:
 
     def reads_reference(self) -> bool:
         """Whether the method has a reference model."""
-        args = self.make_args("unused")
+        args = self.planned_args()
         match self.method:
             case "reward" | "rloo" | "grpo":  # the latter two load the model to start from themselves
                 return False
@@ -208,6 +237,7 @@ def train(
         "options": config.options,
         "form": config.form or METHODS[config.method][3][0],
         "peft": config.peft,
+        **{name: getattr(config, name) for name in _LAUNCH},
         "model": model,
         "dataset": str(dataset),
         "data": _digest_of(dataset / (config.form or METHODS[config.method][3][0])),
@@ -223,9 +253,9 @@ def train(
         changed = [
             f"`{name}` was {before.get(name)!r} and is now {told[name]!r}"
             for name in told
-            if name not in _PATHS and before.get(name) != told[name]
+            if name not in (*_PATHS, *_LAUNCH) and before.get(name) != told[name]
         ]
-        if changed and not replace:
+        if changed and not replace and has_begun(folder):
             raise ValueError(
                 f"'{folder}' has another training: {'; '.join(changed)}. Remove the folder to train anew, and what was made with the model: "
                 "in a run with `rounds` its evaluation and the rounds after it."
@@ -250,6 +280,13 @@ def train(
             made = _merged(config, model, made)
         made.rename(result)
     return result
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder has something of a training that would be lost. One that crashed before its first checkpoint has not."""
+    return any((folder / name).is_dir() for name in ("model", "trained")) or any(
+        (folder / "checkpoints").glob("checkpoint-*")
+    )
 
 
 @contextmanager
@@ -280,28 +317,19 @@ def _only_one(folder: Path) -> Iterator[int]:
 def _launch(config: TrainingConfig, path: Path, lock: int, log: Path | None) -> None:
     folder = path.parent
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    num_processes = config.num_processes
     if config.accelerate_config is not None:
-        from accelerate.commands.config.config_args import load_config_from_file
-
-        file = accelerate_config_path(config.accelerate_config)
-        command += ["--config_file", file]
-        if (
-            num_processes is None and load_config_from_file(file).num_processes == -1
-        ):  # the packaged ones leave it open
-            import torch
-
-            num_processes = max(torch.cuda.device_count(), 1)
-    if num_processes is not None:
-        command += ["--num_processes", str(num_processes)]
+        command += ["--config_file", accelerate_config_path(config.accelerate_config)]
+    if config.accelerate_config is not None or config.num_processes is not None:
+        command += ["--num_processes", str(config.processes())]
     command += ["--module", __name__, str(path)]
     if log is None:
         status = subprocess.run(command, pass_fds=(lock,)).returncode
     else:
         status = _run_with_log(command, lock, log)
     if status != 0 or not (folder / "trained").is_dir():
+        where = "above" if log is None else f"in '{log}'"
         raise TrainingError(
-            f"The training in '{folder}' has ended with status {status}. Its error is above. Run this again: it goes on from the last "
+            f"The training in '{folder}' has ended with status {status}. Its error is {where}. Run this again: it goes on from the last "
             "checkpoint."
         )
 
@@ -333,7 +361,7 @@ def _merged(config: TrainingConfig, model: str, adapter: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     # In the precision that it was trained in: in bfloat16, a small update would be rounded away
-    kwargs = _init_kwargs(config.make_args("unused"))
+    kwargs = _init_kwargs(config.planned_args())
     if config.method == "reward":
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **kwargs)
     else:
@@ -360,14 +388,21 @@ def _reward_function(model: str, args: Any) -> Any:
     The rewards of a reward model for texts as RewardTrainer has read them. Given the model itself, TRL would leave out the tokens that begin and end a text.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.integrations import unset_hf_deepspeed_config
 
     from .critics import Request
     from .model_critics import RewardCritic
 
     plugin = getattr(args, "deepspeed_plugin", None)
-    # Under ZeRO-3, the weights of all models would be sharded as they are loaded, and no engine would gather these
-    with nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False):
+    # Under ZeRO-3, the weights of all models would be sharded as they are loaded, and no engine would gather these. (The plugin's own
+    # switch, `zero3_init_context_manager`, says nothing to `from_pretrained`.)
+    if plugin is not None:
+        unset_hf_deepspeed_config()
+    try:
         loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto").to(args.device)
+    finally:
+        if plugin is not None:
+            plugin.set_deepspeed_weakref()
     critic = RewardCritic(name="reward model", model=loaded, tokenizer=AutoTokenizer.from_pretrained(model))
 
     def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -420,7 +455,8 @@ def main(path: str) -> None:
 
     told = read_json(Path(path))
     folder = Path(path).parent
-    config = TrainingConfig(**{name: told[name] for name in ("method", "options", "form", "peft")})
+    # In one of the processes, the batches are checked as they are
+    config = TrainingConfig(**{name: told[name] for name in ("method", "options", "form", "peft")}, num_processes=1)
     checkpoints = folder / "checkpoints"
     args = config.make_args(str(checkpoints))
     splits = load_from_disk(str(Path(told["dataset"]) / told["form"]))
