@@ -9,7 +9,7 @@ initial model, and of the policy for the neighbouring α.
 
 `frontier`: every method is trained on the same pairs, which the reference wrote and a Bradley-Terry annotator labelled. The policies that no other one
 beats at their distance are known: π_ref exp(r / β) for reward against KL, softmax(r / α) for reward against entropy. *Regret* is how much reward a trained policy lacks beside
-the one at the same KL. RLHF is a reward model of the same pairs, then RLOO.
+the one at the same KL. RLHF is a reward model of the same pairs, then RLOO, with four times as many steps.
 
     python examples/benchmarks/exact.py theorem --output_dir theorem
     python examples/benchmarks/exact.py frontier --output_dir exact_frontier
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from datasets import disable_progress_bars
 from frontier import print_table, show
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from trl_spo.sandbox.enumerable import (
@@ -64,6 +64,7 @@ LABELS = {
 }
 COLORS = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000")
 NUM_PAIRS = 2000
+RLOO_STEPS = 4  # times as many as the others
 COMMON = {
     "per_device_train_batch_size": 64,
     "max_grad_norm": 0.0,
@@ -225,11 +226,16 @@ def frontier(config: dict, seed: int, steps: int) -> dict:
         if method == "sspo":
             options |= {"extractor": "random"}  # the words mean nothing
         if method == "rloo":
-            of_reward = config_class("reward")(
-                **{**COMMON, "max_steps": steps, "learning_rate": 3e-3, "seed": seed, "output_dir": folder}
-            )
+            # Its own weights: those of the reference end each text alike, and a reward model reads there
+            set_seed(seed)
+            size = AutoConfig.from_pretrained(reference, num_labels=1)
             reward_trainer = RewardTrainer(
-                reference, args=of_reward, train_dataset=pairs, processing_class=world.tokenizer
+                AutoModelForSequenceClassification.from_config(size),
+                args=config_class("reward")(
+                    **COMMON, max_steps=2 * steps, learning_rate=3e-3, seed=seed, output_dir=folder
+                ),
+                train_dataset=pairs,
+                processing_class=world.tokenizer,
             )
             fit(reward_trainer)
 
@@ -241,7 +247,12 @@ def frontier(config: dict, seed: int, steps: int) -> dict:
                 inputs.pop("token_type_ids", None)
                 return reward_trainer.model(**inputs).logits[:, 0].tolist()
 
-            options |= {"max_completion_length": world.max_tokens, "num_generations": 8}
+            # The gradient is one of samples: in as many steps as the others it has hardly begun
+            options |= {
+                "max_completion_length": world.max_tokens,
+                "num_generations": 8,
+                "max_steps": RLOO_STEPS * steps,
+            }
             kwargs |= {"reward_funcs": [reward], "train_dataset": pairs.select_columns("prompt")}
         trainer = _import(METHODS[method][0])(model, args=config_class(method)(**options), **kwargs)
         fit(trainer)

@@ -20,13 +20,14 @@ COMPARED: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "ipo": ("IPO", {"beta": [0.1, 0.3, 1.0]}),
     "kto": ("KTO", {"beta": [0.05, 0.1, 0.3]}),
     "soft_po": ("Soft PO", {"alpha": [0.05, 0.1], "beta": [0.03, 0.1]}),
-    "stable_po": ("Stable PO", {"beta": [0.05, 0.1, 0.3]}),
+    # Which hardly leaves its reference at the default weight of 10, where the responses are its own (docs/results.md)
+    "stable_po": ("Stable PO", {"beta": [0.1], "penalty_weight": [0.3, 1.0, 10.0]}),
     "sspo": ("SSPO", {"beta": [0.05, 0.1, 0.3]}),
     "sspo_kto": ("SSPO-KTO", {"beta": [0.05, 0.1, 0.3]}),
     "rloo": ("RLHF (RLOO)", {"beta": [0.03, 0.1]}),
     "grpo": ("RLHF (GRPO)", {"beta": [0.03, 0.1]}),
 }
-_SYMBOLS = {"alpha": "α", "beta": "β", "gamma": "γ", "learning_rate": "lr"}
+_SYMBOLS = {"alpha": "α", "beta": "β", "gamma": "γ", "learning_rate": "lr", "penalty_weight": "w"}
 _RESERVED = (
     "seed",
     "save_strategy",
