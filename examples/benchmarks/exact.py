@@ -363,8 +363,8 @@ def report_frontier(output_dir: Path) -> None:
             if x == "kl":
                 axes.set_xlim(-0.1, 1.15 * max(run["kl"] for run in runs if run["seed"] == seed))
             axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=9, fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(output_dir / "exact_frontier.png", dpi=150)
     print(f"saved {output_dir / 'exact_frontier.png'}")
 
