@@ -89,7 +89,7 @@ class Comparison:
                     data.form_of(run.method, run.training.form)
                     if run.method in WITH_REWARD_MODEL:
                         data.form_of("reward")
-            except Exception:
+            except Exception:  # raised again
                 if is_new:  # so that the folder takes the dataset that was meant
                     path.unlink()
                     shutil.rmtree(self.folder / "data", ignore_errors=True)
