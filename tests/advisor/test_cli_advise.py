@@ -9,7 +9,9 @@ import sys
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, get_peft_model
 from tests.advisor.conftest import make_pairs, make_unpaired
+from transformers import AutoModelForCausalLM
 
 from trl_spo.advisor import Advice, Finding, advise, print_advice
 from trl_spo.advisor.advice import take
@@ -215,6 +217,14 @@ def test_bad_calls(call, good, arguments, text):
 def test_reference_that_is_not_there(call, good, model_path):
     status, _, err = call("--dataset_name", good, "--model_name_or_path", model_path, "--ref_model", "/nowhere")
     assert status == 2 and "'/nowhere' cannot be read" in err
+
+
+def test_an_adapter_is_no_model(call, good, model_path, tmp_path):
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(tmp_path)
+    status, _, err = call("--dataset_name", good, "--model_name_or_path", str(tmp_path))
+    assert status == 2 and f"'{tmp_path}' is an adapter of '{model_path}'. Merge it" in err
 
 
 def test_mixture_of_datasets(call, bad, tmp_path):

@@ -11,6 +11,8 @@ from dataclasses import asdict
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trl_spo.cli.main import main
 from trl_spo.comparison import Comparison, ComparisonConfig
@@ -279,6 +281,25 @@ def test_the_command_says_what_is_wrong_with_the_data(make, tmp_path, capsys):
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(asdict(make(dataset=singles(tmp_path)).config)))
     assert main(["compare", str(tmp_path / "compare.yaml")]) == 2
     assert "trl-spo compare: The method 'dpo' takes preference data" in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_model_to_begin_with(make, tmp_path, model_path):
+    """Which is told before anything is sampled, and the folder takes another model then."""
+    adapter = tmp_path / "adapter"
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(adapter)
+    with pytest.raises(ValueError, match=f"{adapter}' is an adapter of '{model_path}'. Merge it"):
+        make(model=str(adapter)).prepare()
+    make().prepare()
+
+
+def test_prompts_that_do_not_fit(make):
+    """Beside the responses, into the model's context: those that do are drawn, and the report says so."""
+    context = AutoConfig.from_pretrained(make().config.model).max_position_embeddings
+    with pytest.raises(ValueError, match="held-out prompts have more than 0 tokens, .* Lower it"):
+        make(evaluation={"max_new_tokens": context}).prepare()
 
 
 def test_without_matplotlib(make, monkeypatch):

@@ -46,6 +46,30 @@ def test_pairs(prepare):
     )
 
 
+def test_prompts_that_leave_no_room_for_a_response(prepare, tokenizer):
+    conversation = [{"role": "user", "content": "the film"}]
+    short, long = {"prompt": conversation}, {"prompt": [{"role": "user", "content": "the film " * 30}]}
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    test = [{"prompt": [{"role": "user", "content": f"the film {i}"}], **sides} for i in range(4)]
+    data = prepare(
+        DatasetDict(
+            {
+                "train": Dataset.from_list([short | sides]),
+                "test": Dataset.from_list([*test[:2], long | sides, *test[2:]]),
+            }
+        )
+    )
+    length = len(tokenizer.apply_chat_template(test[0]["prompt"], add_generation_prompt=True)["input_ids"])
+    assert long["prompt"] not in data.prompts(9, 0, tokenizer, length)["prompt"][:] and len(data.notes) == 1
+    assert data.notes[0].startswith(f"1 of the 5 held-out prompts drawn have more than {length} tokens")
+    # With those that come after it in its place, and nothing said of what was not drawn
+    assert len(data.prompts(4, 0, tokenizer, length)) == 4
+    del data.notes[:]
+    assert data.prompts(4, 0, tokenizer, 10 * length).to_list() == data.prompts(4, 0).to_list() and not data.notes
+    with pytest.raises(ValueError, match=f"All of the 5 held-out prompts have more than {length - 1} tokens"):
+        data.prompts(4, 0, tokenizer, length - 1)
+
+
 def test_without_a_test_split_prompts_are_held_out(prepare):
     twice = Dataset.from_list([row for row in pairs(200) for _ in range(2)])
     data = prepare(DatasetDict({"train": twice}), test_share=0.2)

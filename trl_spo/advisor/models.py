@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be said of a model without its weights."""
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 
 class NoLanguageModel(ValueError):
@@ -81,13 +84,20 @@ def read_model(name: str, revision: str | None = None, trust_remote_code: bool =
         [`ModelFacts`]
 
     Raises:
-        `ValueError`: there is no such model.
+        `ValueError`: there is no such model, or it is an adapter.
     """
     kwargs: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
+        adapter = find_adapter_config_file(name, revision=kwargs["revision"])
+        if adapter is not None:
+            base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ValueError(
+                f"The model {name!r} is an adapter of {base!r}. Merge it (`model.merge_and_unload()`) and save the whole model, or name "
+                "the model that it was trained on."
+            ) from error
         raise ValueError(f"The model {name!r} cannot be read: {error}") from error
     try:
         generation = GenerationConfig.from_pretrained(name, revision=kwargs["revision"])

@@ -21,6 +21,7 @@ from datasets import load_dataset as load_hub_dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..advisor.models import ModelFacts, read_model
 from ..evaluation.capability import Capability
 from ..evaluation.evaluation import REFERENCE, Evaluation
 from ..synthetic.files import digest, read_json, write_json
@@ -76,7 +77,7 @@ class Comparison:
         Makes the data, and checks them and the critics. [`run`] begins with it, if it was not done before.
 
         Raises:
-            `ValueError`: the dataset has not what the methods take, or a critic cannot judge it.
+            `ValueError`: the dataset has not what the methods take, the model cannot be read, or a critic cannot judge.
         """
         if self._prepared is None:
             config, path = self.config, self.folder / "config.json"
@@ -89,13 +90,14 @@ class Comparison:
                     data.form_of(run.method, run.training.form)
                     if run.method in WITH_REWARD_MODEL:
                         data.form_of("reward")
+                self.model = local_folder(config.model, self._commit)
+                facts = read_model(self.model)
             except Exception:  # raised again
-                if is_new:  # so that the folder takes the dataset that was meant
+                if is_new:  # so that the folder takes the dataset and the model that were meant
                     path.unlink()
                     shutil.rmtree(self.folder / "data", ignore_errors=True)
                 raise
-            self.model = local_folder(config.model, self._commit)
-            self._prepared = data, self._evaluation(data)
+            self._prepared = data, self._evaluation(data, facts)
         return self._prepared
 
     def run(self) -> dict[str, Any]:
@@ -190,7 +192,7 @@ class Comparison:
                         "folders of these trainings to do them again."
                     )
 
-    def _evaluation(self, data: ComparisonData) -> Evaluation:
+    def _evaluation(self, data: ComparisonData, facts: ModelFacts) -> Evaluation:
         told, config = self.config.evaluation, self.config
         budget = None
         if self.critics:
@@ -200,7 +202,12 @@ class Comparison:
         evaluation = Evaluation(
             self.folder / "evaluation",
             self.model,
-            data.prompts(told.num_prompts, config.seed),
+            data.prompts(
+                told.num_prompts,
+                config.seed,
+                facts.tokenizer,
+                None if facts.context is None else facts.context - told.max_new_tokens,
+            ),
             reward=self.reward,
             reward_identity=self._reward_identity(),
             critics=self.critics,

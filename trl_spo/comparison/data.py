@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import ScriptArguments, extract_prompt, unpair_preference_dataset
 
@@ -17,6 +18,7 @@ from ..evaluation.scoring import PreferencePair
 from ..preference_checks import check_preferences, check_unpaired_preferences
 from ..synthetic.files import digest_of_rows, read_json, write_json
 from ..synthetic.prompts import prompt_id, split_of
+from ..synthetic.students import encode_prompt
 from ..synthetic.training import METHODS
 from .comparison_config import DataConfig
 
@@ -64,10 +66,35 @@ class ComparisonData:
             "pairs."
         )
 
-    def prompts(self, number: int, seed: int) -> Dataset:
-        """Different prompts of the test split, drawn at random."""
-        test = load_from_disk(str(self.folder / "prompts"))["test"]
-        return test.shuffle(seed=seed).select(range(min(number, len(test))))
+    def prompts(
+        self, number: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+    ) -> Dataset:
+        """
+        Different prompts of the test split, drawn at random. Those of more than `max_length` tokens are left out, which becomes a note.
+
+        Raises:
+            `ValueError`: all are longer.
+        """
+        test = load_from_disk(str(self.folder / "prompts"))["test"].shuffle(seed=seed)
+        if max_length is None:
+            return test.select(range(min(number, len(test))))
+        kept: list[int] = []
+        seen = 0
+        while len(kept) < number and seen < len(test):
+            if len(encode_prompt(tokenizer, test[seen])) <= max_length:
+                kept.append(seen)
+            seen += 1
+        if not kept:
+            raise ValueError(
+                f"All of the {seen} held-out prompts have more than {max_length} tokens, which is what `evaluation.max_new_tokens` leaves "
+                "of the model's context. Lower it, or use shorter prompts."
+            )
+        if len(kept) < seen:
+            self.notes.append(
+                f"{seen - len(kept)} of the {seen} held-out prompts drawn have more than {max_length} tokens, which is what "
+                "`evaluation.max_new_tokens` leaves of the model's context. No responses to them are sampled."
+            )
+        return test.select(kept)
 
     def pairs(self, number: int, seed: int) -> list[PreferencePair]:
         """
