@@ -292,20 +292,23 @@ def print_runs(groups: dict[str, list[dict]]) -> None:
 
 
 def print_equal_kl(runs: list[dict], seeds: list[int], base: dict, along: bool) -> None:
-    families = {"DPO": ("dpo",), "IPO": ("ipo",), "both": ("dpo", "ipo"), "SoftPO": ("soft",)}
-    families |= {"StablePO": ("stable",), "SSPO": ("sspo",)}
+    present = {one["config"]["method"] for one in runs}
+    families = {name: (method,) for method, name in FAMILIES.items() if method in present}
+    ratios = []
+    if {"dpo", "soft"} <= present:
+        ratios.append(("SoftPO", "DPO"))
+    if {"dpo", "ipo", "soft"} <= present:
+        families["best of DPO and IPO"] = ("dpo", "ipo")
+        ratios.append(("SoftPO", "best of DPO and IPO"))
     rows = []
     for kl in (3, 4, 5, 6, 7, 8):
-        gains: dict[str, list[float]] = {name: [] for name in families}
-        for seed in seeds:
-            for name, methods in families.items():
-                gains[name].append(at(upper_hull(family_points(runs, methods, seed, base, "kl", along)), kl))
-        ratios = (
-            [soft / other for soft, other in zip(gains["SoftPO"], gains[name], strict=True)]
-            for name in ("DPO", "both")
-        )
-        rows.append([str(kl), *(show(gains[name]) for name in ("DPO", "IPO", "SoftPO")), *map(show, ratios)])
-    print_table(["KL", "DPO", "IPO", "SoftPO", "SoftPO / DPO", "SoftPO / best of DPO and IPO"], rows)
+        gains = {
+            name: [at(upper_hull(family_points(runs, methods, seed, base, "kl", along)), kl) for seed in seeds]
+            for name, methods in families.items()
+        }
+        compared = [show([a / b for a, b in zip(gains[one], gains[other], strict=True)]) for one, other in ratios]
+        rows.append([str(kl), *(show(values) for values in gains.values()), *compared])
+    print_table(["KL", *families, *(f"{one} / {other}" for one, other in ratios)], rows)
 
 
 def print_against_hull(groups: dict[str, list[dict]], runs: list[dict], seeds: list[int], base: dict, x: str) -> None:
@@ -335,12 +338,14 @@ def report(runs: list[dict], base: dict, output_dir: Path) -> None:
     print("Mean ± half width of the 95 % interval over seeds, on held-out prompts, after the last step.\n")
     print_runs(groups)
 
-    found = [{one["seed"] for one in runs if one["config"]["method"] == method} for method in FAMILIES]
+    present = {one["config"]["method"] for one in runs}
+    found = [{one["seed"] for one in runs if one["config"]["method"] == method} for method in present]
     seeds = sorted(set.intersection(*found))
     if seeds:
         for along, what in ((False, "after the last step"), (True, "half-way and after the last step")):
             print(f"\nReward gain at equal KL: hulls of the points {what}, per seed, then averaged\n")
             print_equal_kl(runs, seeds, base, along)
+    if seeds and {"dpo", "ipo", "soft"} <= present:
         for x, what in (("kl", "KL"), ("entropy", "entropy")):
             print(
                 f"\nEach SoftPO configuration against the hull of DPO and IPO at its own {what}, half-way included\n"
