@@ -55,13 +55,19 @@ def settings_of(experiment: str, level: float, learning_rate: float) -> dict:
 
 
 def collect(output_dir: Path) -> dict[tuple[str, float], list[dict]]:
-    """The last point of each run, by method and level."""
+    """The last point of each run, in the order of the seeds, by method and level."""
     found: dict[tuple[str, float], list[dict]] = {}
-    for path in sorted(output_dir.glob("*.json")):
-        one = json.loads(path.read_text())
+    runs = [json.loads(path.read_text()) for path in output_dir.glob("*.json")]
+    for one in sorted(runs, key=lambda one: one["seed"]):
         key = (one["config"]["method"], one["settings"].get("flipped", one["settings"].get("pairs")))
-        found.setdefault(key, []).append(list(one["points"].values())[-1])
+        found.setdefault(key, []).append({**list(one["points"].values())[-1], "seed": one["seed"]})
     return found
+
+
+def kept_gain(points: list[dict], clean: list[dict], base: dict) -> list[float]:
+    """Of each seed, the gain as a share of that of the same seed when no labels were turned round."""
+    of_seed = {point["seed"]: point["reward"] - base["reward"] for point in clean}
+    return [(p["reward"] - base["reward"]) / of_seed[p["seed"]] for p in points if p["seed"] in of_seed]
 
 
 def report(experiment: str, levels: list[float], output_dir: Path, base: dict) -> None:
@@ -83,6 +89,14 @@ def report(experiment: str, levels: list[float], output_dir: Path, base: dict) -
             cells = [
                 show([point[column] for point in found.get((method, level), ())] or [math.nan]) for level in levels
             ]
+            rows.append([FAMILIES[method], *cells])
+        print_table([label, *(f"{level:g}" for level in levels)], rows)
+    if experiment == "noise":
+        print("\nshare of the gain without noise that is left\n")
+        rows = []
+        for method in [config["method"] for config in CONFIGS]:
+            clean = found.get((method, 0.0), [])
+            cells = [show(kept_gain(found.get((method, level), []), clean, base) or [math.nan]) for level in levels]
             rows.append([FAMILIES[method], *cells])
         print_table([label, *(f"{level:g}" for level in levels)], rows)
     plot(experiment, levels, found, base, output_dir)
