@@ -36,6 +36,7 @@ def test_noisy_pairs():
     assert found.method == "ipo" and others[:2] == ["stable_po", "dpo"]
     # Half of the second labels differ: 2e(1-e) = 1/2, e = 1/2
     assert "About 50% of the labels" in found.reasons[0]
+    assert "rule of thumb" in found.reasons[1]
 
 
 def test_one_contradiction_is_no_noise():
