@@ -91,7 +91,10 @@ def read_model(name: str, revision: str | None = None, trust_remote_code: bool =
         config = AutoConfig.from_pretrained(name, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        adapter = find_adapter_config_file(name, revision=kwargs["revision"])
+        try:
+            adapter = find_adapter_config_file(name, revision=kwargs["revision"])
+        except OSError:  # there is nothing of that name, which the first error says
+            adapter = None
         if adapter is not None:
             base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
             raise ValueError(
