@@ -59,7 +59,7 @@ STABLE = [
     *({"method": "stable", "beta": 0.1, "penalty_weight": weight} for weight in (0.1, 0.3, 1.0, 3.0, 10.0)),
     *({"method": "stable", "beta": beta, "penalty_weight": 0.3} for beta in (0.05, 0.5)),
 ]
-SSPO = [{"method": "sspo", "beta": beta} for beta in (0.05, 0.1, 0.3, 1.0)]
+SSPO = [{"method": "sspo", "beta": beta} for beta in (0.05, 0.1, 0.5, 1.0)]
 FAMILIES = {"dpo": "DPO", "ipo": "IPO", "soft": "SoftPO", "stable": "StablePO", "sspo": "SSPO"}
 # The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
