@@ -54,13 +54,15 @@ def settings_of(experiment: str, level: float, learning_rate: float) -> dict:
     return settings | {"pairs": int(level), "steps": steps_of(int(level))}
 
 
-def collect(output_dir: Path) -> dict[tuple[str, float], list[dict]]:
+def collect(output_dir: Path, base: dict) -> dict[tuple[str, float], list[dict]]:
     """The last point of each run, in the order of the seeds, by method and level."""
     found: dict[tuple[str, float], list[dict]] = {}
     runs = [json.loads(path.read_text()) for path in output_dir.glob("*.json")]
     for one in sorted(runs, key=lambda one: one["seed"]):
         key = (one["config"]["method"], one["settings"].get("flipped", one["settings"].get("pairs")))
-        found.setdefault(key, []).append({**list(one["points"].values())[-1], "seed": one["seed"]})
+        point = list(one["points"].values())[-1]
+        per_nat = (point["reward"] - base["reward"]) / point["kl"]
+        found.setdefault(key, []).append({**point, "seed": one["seed"], "per_nat": per_nat})
     return found
 
 
@@ -71,11 +73,12 @@ def kept_gain(points: list[dict], clean: list[dict], base: dict) -> list[float]:
 
 
 def report(experiment: str, levels: list[float], output_dir: Path, base: dict) -> None:
-    found = collect(output_dir)
+    found = collect(output_dir, base)
     label = "labels turned round" if experiment == "noise" else "pairs"
     columns = {
         "reward": "true reward",
         "kl": "KL",
+        "per_nat": "gain per nat of KL",
         "accuracy": "preference accuracy",
         "chosen_change": "chosen log-prob",
     }
