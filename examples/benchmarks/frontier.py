@@ -437,7 +437,8 @@ def main() -> None:
         else:
             for job in jobs:
                 print(run_and_save(job), flush=True)
-    report(collect(output_dir), json.loads((Path(args.data) / "report.json").read_text())["base"], output_dir)
+    runs = [one for one in collect(output_dir) if one["config"]["method"] in args.methods]
+    report(runs, json.loads((Path(args.data) / "report.json").read_text())["base"], output_dir)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole comparisons of tiny models. Each training is in a process of its own, as `accelerate launch` would start it."""
 
+import json
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -295,11 +296,34 @@ def test_an_adapter_is_no_model_to_begin_with(make, tmp_path, model_path):
     make().prepare()
 
 
-def test_prompts_that_do_not_fit(make):
-    """Beside the responses, into the model's context: those that do are drawn, and the report says so."""
+def test_prompts_that_do_not_fit(make, dataset):
+    """Beside the responses, into the model's context: those that do are drawn, and the report says how many do not."""
     context = AutoConfig.from_pretrained(make().config.model).max_position_embeddings
-    with pytest.raises(ValueError, match="held-out prompts have more than 0 tokens, .* Lower it"):
-        make(evaluation={"max_new_tokens": context}).prepare()
+    with pytest.raises(ValueError, match=f"`evaluation.max_new_tokens={context + 1}` leaves 0 tokens .* Lower it"):
+        make(evaluation={"max_new_tokens": context + 1}).prepare()
+    splits = DatasetDict.load_from_disk(dataset)
+    long = {**splits["test"][0], "prompt": "the film " * context}
+    splits["test"] = concatenate_datasets([splits["test"], Dataset.from_list([long])])
+    splits.save_to_disk(f"{dataset}-long")
+    comparison = make(dataset={"path": f"{dataset}-long"}, output_dir=f"{dataset}-out")
+    data, evaluation = comparison.prepare()
+    assert long["prompt"] not in evaluation.prompts["prompt"][:] and len(evaluation.prompts) > 0
+    assert "held-out prompts drawn have more, and are left out" in data.notes[-1]
+
+
+def test_a_model_with_code_of_its_own(make, model_path, tmp_path):
+    """Is read as it is evaluated: with the `trust_remote_code` of `evaluation.model_kwargs`."""
+    own = shutil.copytree(model_path, tmp_path / "own")
+    (own / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="(?s)cannot be read: .*trust_remote_code"):
+        make(model=str(own)).prepare()
+    evaluation = {"max_new_tokens": 6, "model_kwargs": {"trust_remote_code": True}}
+    make(model=str(own), evaluation=evaluation).prepare()
 
 
 def test_without_matplotlib(make, monkeypatch):

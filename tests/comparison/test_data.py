@@ -60,14 +60,16 @@ def test_prompts_that_leave_no_room_for_a_response(prepare, tokenizer):
         )
     )
     length = len(tokenizer.apply_chat_template(test[0]["prompt"], add_generation_prompt=True)["input_ids"])
-    assert long["prompt"] not in data.prompts(9, 0, tokenizer, length)["prompt"][:] and len(data.notes) == 1
-    assert data.notes[0].startswith(f"1 of the 5 held-out prompts drawn have more than {length} tokens")
+    context, few = length + 7, (tokenizer, length + 7, 7)
+    assert long["prompt"] not in data.prompts(9, 0, *few)["prompt"][:] and len(data.notes) == 1
+    leaves = f"`evaluation.max_new_tokens=7` leaves {length} tokens of the model's context of {context} to a prompt"
+    assert data.notes[0] == f"{leaves}: 1 of the 5 held-out prompts drawn have more, and are left out."
     # With those that come after it in its place, and nothing said of what was not drawn
-    assert len(data.prompts(4, 0, tokenizer, length)) == 4
+    assert len(data.prompts(4, 0, *few)) == 4
     del data.notes[:]
     assert data.prompts(4, 0, tokenizer, 10 * length).to_list() == data.prompts(4, 0).to_list() and not data.notes
-    with pytest.raises(ValueError, match=f"All of the 5 held-out prompts have more than {length - 1} tokens"):
-        data.prompts(4, 0, tokenizer, length - 1)
+    with pytest.raises(ValueError, match=f"=8` leaves {length - 1} tokens .*all of the 5 held-out prompts have more"):
+        data.prompts(4, 0, tokenizer, context, 8)
 
 
 def test_without_a_test_split_prompts_are_held_out(prepare):

@@ -144,7 +144,7 @@ def _for_pairs(rows: Rows, by_code: dict[str, Finding], others: list[tuple[str, 
         method = "ipo"
         reasons = [
             f"About {rate:.0%} of the labels are wrong, by the estimate below. IPO's loss ends at a margin, while DPO's goes on rewarding larger ones, on wrong labels, too.",
-            "That is a rule of thumb: in our own experiment with labels turned round at random, IPO and Stable PO lost as large a share of their gain as DPO. `trl-spo compare` measures it on these data.",
+            "That is a rule of thumb: in our own experiment with labels turned round at random, IPO and Stable PO were not seen to keep a larger share of their gain than DPO. `trl-spo compare` measures it on these data.",
         ]
         others.append(("stable_po", "Likewise: it does not leave the region that supervised fine-tuning allows."))
         others.append(("dpo", 'With `loss_type="robust"` and `label_smoothing` at the rate of wrong labels.'))

@@ -91,7 +91,8 @@ class Comparison:
                     if run.method in WITH_REWARD_MODEL:
                         data.form_of("reward")
                 self.model = local_folder(config.model, self._commit)
-                facts = read_model(self.model)
+                kwargs = config.evaluation.model_kwargs or {}
+                facts = read_model(self.model, trust_remote_code=kwargs.get("trust_remote_code", False))
             except Exception:  # raised again
                 if is_new:  # so that the folder takes the dataset and the model that were meant
                     path.unlink()
@@ -202,12 +203,7 @@ class Comparison:
         evaluation = Evaluation(
             self.folder / "evaluation",
             self.model,
-            data.prompts(
-                told.num_prompts,
-                config.seed,
-                facts.tokenizer,
-                None if facts.context is None else facts.context - told.max_new_tokens,
-            ),
+            data.prompts(told.num_prompts, config.seed, facts.tokenizer, facts.context, told.max_new_tokens),
             reward=self.reward,
             reward_identity=self._reward_identity(),
             critics=self.critics,

@@ -67,32 +67,36 @@ class ComparisonData:
         )
 
     def prompts(
-        self, number: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+        self,
+        number: int,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        context: int | None = None,
+        max_new_tokens: int = 0,
     ) -> Dataset:
         """
-        Different prompts of the test split, drawn at random. Those of more than `max_length` tokens are left out, which becomes a note.
+        Different prompts of the test split, drawn at random. With a model's tokenizer and context, those that leave no room there for a response of
+        `max_new_tokens` are left out, which becomes a note.
 
         Raises:
-            `ValueError`: all are longer.
+            `ValueError`: none leaves room.
         """
         test = load_from_disk(str(self.folder / "prompts"))["test"].shuffle(seed=seed)
-        if max_length is None:
+        if context is None:
             return test.select(range(min(number, len(test))))
-        kept: list[int] = []
-        seen = 0
+        room, kept, seen = context - max_new_tokens, [], 0
         while len(kept) < number and seen < len(test):
-            if len(encode_prompt(tokenizer, test[seen])) <= max_length:
+            if len(encode_prompt(tokenizer, test[seen])) <= room:
                 kept.append(seen)
             seen += 1
+        of_context = f"`evaluation.max_new_tokens={max_new_tokens}` leaves {max(room, 0)} tokens of the model's context of {context} to a prompt"
         if not kept:
             raise ValueError(
-                f"All of the {seen} held-out prompts have more than {max_length} tokens, which is what `evaluation.max_new_tokens` leaves "
-                "of the model's context. Lower it, or use shorter prompts."
+                f"{of_context}, and all of the {seen} held-out prompts have more. Lower it, or use shorter prompts."
             )
         if len(kept) < seen:
             self.notes.append(
-                f"{seen - len(kept)} of the {seen} held-out prompts drawn have more than {max_length} tokens, which is what "
-                "`evaluation.max_new_tokens` leaves of the model's context. No responses to them are sampled."
+                f"{of_context}: {seen - len(kept)} of the {seen} held-out prompts drawn have more, and are left out."
             )
         return test.select(kept)
 
