@@ -203,6 +203,14 @@ def test_room_for_online_samples(tokenizer):
         codes(_check(dataset, tokenizer, "soft_po", facts, max_completion_length=101))["no_room_for_samples"]
         == "error"
     )
+    for context, way_out in (
+        (longest + 1, "Set `max_completion_length` to at most 1, or remove the longest prompts."),
+        (longest, "Remove the longest prompts, and set a smaller `max_completion_length` if that is not enough."),
+    ):
+        found = _check(
+            dataset, tokenizer, "soft_po", _facts(max_position_embeddings=context), max_completion_length=101
+        )
+        assert [one.remedy for one in found if one.code == "no_room_for_samples"] == [way_out]
     assert "no_room_for_samples" not in codes(
         _check(dataset, tokenizer, "soft_po", facts, max_completion_length=101, beta=0.0)
     )

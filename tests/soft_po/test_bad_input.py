@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin, TrainerC
 from trl import DPOConfig
 
 from trl_spo import SoftPOConfig, SoftPOTrainer
+from trl_spo.soft_po.checks import check_context
 from trl_spo.soft_po.online_kl import OnlineKL
 from trl_spo.soft_po.soft_po_config import _DPO_ONLY_OPTIONS
 
@@ -535,6 +536,24 @@ class TestModels:
     def test_context_too_short(self, make_trainer):
         with Refused("`max_completion_length=124`", "context of 128 tokens", "at most 119"):
             make_trainer(max_completion_length=124)
+
+    @pytest.mark.parametrize(
+        ("lengths", "way_out"),
+        [
+            (
+                [5, 30],
+                "set `max_completion_length` to at most 98, or remove the 1 of 2 prompts that have more than 28 tokens.",
+            ),
+            ([29, 30], "To go on, set `max_completion_length` to at most 98."),  # to remove both leaves none
+            ([5, 128], "To go on, remove the 1 of 2 prompts that have more than 28 tokens."),  # no length leaves room
+            ([29, 128], "To go on, remove the longest prompts and set a smaller `max_completion_length`."),
+        ],
+    )
+    def test_what_is_advised_helps(self, tmp_path, lengths, way_out):
+        dataset = Dataset.from_dict({"prompt_ids": [[4] * length for length in lengths], "row_id": [0, 1]})
+        args = SoftPOConfig(str(tmp_path), max_completion_length=100, bf16=False, use_cpu=True)
+        with Refused(f"The longest prompt ({lengths[1]} tokens) and `max_completion_length=100`", way_out):
+            check_context(dataset, LlamaConfig(max_position_embeddings=128), args)
 
 
 class _Processor(ProcessorMixin):

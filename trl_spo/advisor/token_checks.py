@@ -348,6 +348,14 @@ def _context_findings(counts: TokenCounts, plan: Plan, model: ModelFacts) -> lis
         used = counts.prompts if plan.max_length is None else counts.prompts[counts.prompts < plan.max_length]
         length, longest = plan.get("max_completion_length"), int(used.max(initial=0))
         if model.context is not None and longest + length > model.context:
+            if longest < model.context:
+                way_out = (
+                    f"Set `max_completion_length` to at most {model.context - longest}, or remove the longest prompts."
+                )
+            else:
+                way_out = (
+                    "Remove the longest prompts, and set a smaller `max_completion_length` if that is not enough."
+                )
             findings.append(
                 Finding(
                     "no_room_for_samples",
@@ -355,7 +363,7 @@ def _context_findings(counts: TokenCounts, plan: Plan, model: ModelFacts) -> lis
                     "No room for online samples",
                     f"The longest prompt has {longest} tokens, and with `max_completion_length={length}` is longer than the model's context of "
                     f"{model.context}: SoftPOTrainer refuses that.",
-                    f"Set `max_completion_length` to at most {max(model.context - longest, 1)}, or remove the longest prompts.",
+                    way_out,
                     {"longest": longest, "max_completion_length": length, "context": model.context},
                 )
             )

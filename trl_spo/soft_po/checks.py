@@ -71,10 +71,16 @@ def check_context(dataset: Dataset | IterableDataset, config: PreTrainedConfig, 
     if limit is not None and longest + args.max_completion_length > limit:
         room = limit - args.max_completion_length
         too_long = sum(length > room for length in lengths)
+        ways = []
+        if longest < limit:
+            ways.append(f"set `max_completion_length` to at most {limit - longest}")
+        if too_long < len(lengths):
+            ways.append(f"remove the {too_long} of {len(lengths)} prompts that have more than {room} tokens")
+        if not ways:
+            ways.append("remove the longest prompts and set a smaller `max_completion_length`")
         raise ValueError(
             f"The longest prompt ({longest} tokens) and `max_completion_length={args.max_completion_length}` exceed the "
-            f"model's context of {limit} tokens. Set `max_completion_length` to at most {max(limit - longest, 1)}, or remove "
-            f"the {too_long} of {len(lengths)} prompts that have more than {max(room, 0)} tokens."
+            f"model's context of {limit} tokens. To go on, {', or '.join(ways)}."
         )
 
 
